@@ -1,0 +1,117 @@
+"""Batch streams: endless, with a position that is part of a chain's state and moves only when told to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from metaopt.errors import ConfigError
+from metaopt.random_state import derived_seed, seeded
+
+
+class _Place(NamedTuple):
+    """A batch's place in the stream, and the state that the loader's own generator had when its epoch began."""
+
+    epoch: int
+    position: int
+    generator_state: torch.Tensor | None
+
+
+class BatchStream:
+    """Cycle through a sequence or a DataLoader: `peek` looks ahead, `advance` moves on.
+
+    What was looked at and not passed is kept, so that an unroll without commit sees the same batches again.
+    Shuffling and augmentation draw from torch's global generator, seeded per batch and put back after.
+
+    Args:
+        batches: a sequence or re-iterable of batches; a one-shot iterator is refused.
+        seed: of the order, and of whatever is drawn while a batch is made.
+
+    Raises:
+        ConfigError: `batches` is not re-iterable, or empty.
+    """
+
+    def __init__(self, batches: Iterable[Any], seed: int) -> None:
+        if not isinstance(batches, Iterable):
+            raise ConfigError(
+                f"batches: a {type(batches).__name__} is not iterable; give a list or a DataLoader"
+            )
+        if isinstance(batches, Iterator):
+            raise ConfigError(
+                f"batches: a {type(batches).__name__} can be read only once, so it cannot be cycled or resumed; give "
+                "list(batches), or the DataLoader itself instead of iter(loader)"
+            )
+        self._batches = batches
+        self._seed = seed
+        self._loader_generator: torch.Generator | None = getattr(batches, "generator", None)
+        self._generator_state = (
+            self._loader_generator.get_state() if self._loader_generator is not None else None
+        )
+        self._ahead: deque[tuple[_Place, Any]] = deque()
+        self._open_epoch(0)
+
+    def peek(self, count: int) -> list[Any]:
+        """Return the next `count` batches; the stream stays where it is."""
+        while len(self._ahead) < count:
+            self._ahead.append((self._frontier, self._fetch()))
+        return [batch for _, batch in list(self._ahead)[:count]]
+
+    def advance(self, count: int) -> None:
+        """Pass the next `count` batches."""
+        self.peek(count)
+        for _ in range(count):
+            self._ahead.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next batch lies: epoch, position, seed, and the loader's generator state."""
+        place = self._ahead[0][0] if self._ahead else self._frontier
+        return {**place._asdict(), "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place: the epoch is begun again and the passed batches are skipped."""
+        self._seed = state["seed"]
+        self._ahead.clear()
+        self._generator_state = state["generator_state"]
+        self._open_epoch(state["epoch"])
+        for _ in range(state["position"]):
+            self._fetch()
+
+    def _open_epoch(self, epoch: int) -> None:
+        self._frontier = _Place(epoch, 0, self._generator_state)
+        self._iterator: Iterator[Any] | None = None
+
+    def _fetch(self) -> Any:
+        epoch, position, _ = self._frontier
+        try:
+            with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_state():
+                if self._iterator is None:
+                    self._iterator = iter(self._batches)
+                batch = next(self._iterator)
+        except StopIteration:
+            if position == 0:
+                raise ConfigError(
+                    "batches: there is not a single batch; check the data set and drop_last"
+                ) from None
+            self._open_epoch(epoch + 1)
+            return self._fetch()
+        self._frontier = self._frontier._replace(position=position + 1)
+        return batch
+
+    @contextmanager
+    def _own_generator_state(self) -> Iterator[None]:
+        """Let a loader's own generator continue from where this stream left it, and put it back after."""
+        generator = self._loader_generator
+        if generator is None or self._generator_state is None:
+            yield
+            return
+        before = generator.get_state()
+        generator.set_state(self._generator_state)
+        try:
+            yield
+        finally:
+            self._generator_state = generator.get_state()
+            generator.set_state(before)

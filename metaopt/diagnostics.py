@@ -1,0 +1,70 @@
+"""The one backward, with what can be wrong with it said aloud; central differences beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaopt.errors import MissingPathError, NonFiniteError
+from metaopt.meta_params import AnyMetaParameters, named_tensors
+
+
+def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_graph: bool = False) -> dict[str, Tensor]:
+    """Return d meta-loss / d meta-parameters by name, without touching any `.grad`.
+
+    Raises:
+        NonFiniteError: the meta-loss or a hypergradient is NaN or infinite.
+        MissingPathError: a meta-parameter has no path to the meta-loss.
+    """
+    if not bool(torch.isfinite(meta_loss.detach()).all()):
+        raise NonFiniteError(
+            f"the meta-loss is {meta_loss.detach().item()}: the trained models overflowed on the validation batch; "
+            "lower the inner learning rate or the number of inner steps. No meta-parameter was changed"
+        )
+    tensors = named_tensors(meta_params)
+    if not meta_loss.requires_grad:
+        _raise_missing(list(tensors), "the meta-loss has no graph at all")
+    grads = torch.autograd.grad(meta_loss, list(tensors.values()), retain_graph=retain_graph, allow_unused=True)
+    missing = [name for name, grad in zip(tensors, grads, strict=True) if grad is None]
+    if missing:
+        _raise_missing(missing, "no path of the graph leads from it to the meta-loss")
+    found = {name: grad for name, grad in zip(tensors, grads, strict=True) if grad is not None}
+    broken = [name for name, grad in found.items() if not bool(grad.isfinite().all())]
+    if broken:
+        raise NonFiniteError(
+            f"the hypergradient of {', '.join(map(repr, broken))} is not finite though the meta-loss is "
+            f"{meta_loss.detach().item():.6g}: look for a division by zero or a root at zero in a loss, or lower the "
+            "inner learning rate. No meta-parameter was changed"
+        )
+    return found
+
+
+def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Tensor]:
+    """Add the exact hypergradient to the `.grad` of the meta-parameters, and of nothing else.
+
+    `meta_loss.backward()` computes the same, but leaves `.grad = None` in silence where a path is missing.
+
+    Args:
+        meta_loss: scalar.
+        meta_params: one module or a named mapping.
+
+    Returns:
+        Name → hypergradient.
+
+    Raises:
+        NonFiniteError, MissingPathError: as `hypergradient`; no `.grad` is touched then.
+    """
+    grads = hypergradient(meta_loss, meta_params)
+    for name, tensor in named_tensors(meta_params).items():
+        tensor.grad = grads[name] if tensor.grad is None else tensor.grad + grads[name]
+    return grads
+
+
+def _raise_missing(names: list[str], what: str) -> None:
+    listed = ", ".join(repr(name) for name in names) or "(none requires grad)"
+    raise MissingPathError(
+        f"meta-parameter {listed}: {what}, so there is no hypergradient. Usual cuts: no loss or objective reads it; "
+        "argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) between it and the loss; a student trained "
+        "on fixed data instead of upstream[...]. Compute what must carry gradient from `model`, `meta_params` and "
+        "`upstream` as the loss is handed them"
+    )

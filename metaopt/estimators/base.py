@@ -1,0 +1,22 @@
+"""What an estimator is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
+from metaopt.meta_params import AnyMetaParameters
+
+
+class Estimator(ABC):
+    """How a stage is differentiated: it runs an inner loop and connects the trained weights to what they depend on."""
+
+    @abstractmethod
+    def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
+        """Run the inner loop; the result's `params` are in the graph of the meta-parameters and upstream weights.
+
+        Args:
+            loop: the steps to run, and their two halves.
+            meta_params: one module or a named mapping.
+            upstream: name → trained model of every earlier stage, in the graph.
+        """

@@ -1,0 +1,297 @@
+"""The stateless view of a model that `higher` patches, and every workaround that today's models need.
+
+A user's module stays where it is. For each call its parameters and buffers are swapped for the ones in hand and
+swapped back afterwards, exceptions included. `higher` sees only a thin module that registers the trained
+parameters, so hooks, `ModuleList` slices, tied weights and shared submodules keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import higher
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metaopt.errors import StageError
+
+Tensors = dict[str, Tensor]
+Slot = tuple[dict[str, Any], str, str]  # (a submodule's own dict of tensors, attribute, deduplicated name)
+
+
+class ModelStructure:
+    """Where a module keeps its parameters and buffers: one slot per (submodule, attribute), one name per tensor.
+
+    A tied weight has several slots and one name. A submodule that is reached by two names has its slots once:
+    swapping a slot twice would leave the trained weight in the user's module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        param_names = {id(p): name for name, p in module.named_parameters()}
+        buffer_names = {id(b): name for name, b in module.named_buffers()}
+        self._param_slots: list[Slot] = []
+        self._buffer_slots: list[Slot] = []
+        for submodule in module.modules():
+            for slots, tensors, names in (
+                (self._param_slots, submodule._parameters, param_names),
+                (self._buffer_slots, submodule._buffers, buffer_names),
+            ):
+                slots += [(tensors, key, names[id(t)]) for key, t in tensors.items() if t is not None]
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The user's own parameters, by deduplicated name."""
+        return dict(self.module.named_parameters())
+
+    @property
+    def buffers(self) -> Tensors:
+        """The user's own buffers, by deduplicated name."""
+        return dict(self.module.named_buffers())
+
+    @contextmanager
+    def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
+        """Lend the module these parameters and buffers, in train or eval mode, and restore it on leaving.
+
+        Buffers are moved in place by the module's own forward; one that is assigned anew is written to `buffers`.
+        Attention runs in the math kernel: the fused ones have no second derivative.
+        """
+        slots = [(d, k, n, params) for d, k, n in self._param_slots]
+        slots += [(d, k, n, buffers) for d, k, n in self._buffer_slots]
+        kept = [tensors[key] for tensors, key, _, _ in slots]
+        modes = [(m, m.training) for m in self.module.modules()]
+        try:
+            for tensors, key, name, given in slots:
+                tensors[key] = given[name]
+            self.module.train(training)
+            with sdpa_kernel(SDPBackend.MATH):
+                yield self.module
+        finally:
+            for tensors, key, name in self._buffer_slots:
+                buffers[name] = tensors[key]
+            for (tensors, key, _, _), tensor in zip(slots, kept, strict=True):
+                tensors[key] = tensor
+            for submodule, mode in modes:
+                submodule.training = mode
+                if isinstance(submodule, nn.RNNBase):  # caches its weights in a list; the list would keep the graph
+                    submodule._init_flat_weights()
+
+    def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
+        """Run the module's forward with these parameters and buffers."""
+        with self.install(params, buffers, training) as module:
+            return module(*args, **kwargs)
+
+
+Call = Callable[[Mapping[str, Tensor], Tensors, bool, Any, Any], Any]
+
+
+class FunctionalModel:
+    """A model as a function of its weights: `f(inputs; params, buffers)`, called like the module it stands for.
+
+    Args:
+        structure: of the user's module.
+        params: deduplicated name → tensor, in the graph; frozen parameters included.
+        buffers: name → tensor; a call works on clones and never changes them.
+        training: the mode in which a call runs; `train()` and `eval()` give a view in the other one.
+        optimizer_state: name → the inner optimizer's state of that parameter, detached.
+    """
+
+    def __init__(
+        self,
+        structure: ModelStructure,
+        params: Mapping[str, Tensor],
+        buffers: Tensors,
+        *,
+        training: bool = False,
+        optimizer_state: Mapping[str, Mapping[str, Any]] | None = None,
+        call: Call | None = None,
+    ) -> None:
+        self._structure = structure
+        self._call = call or structure.call
+        self.params = dict(params)
+        self.buffers = buffers
+        self.training = training
+        self.optimizer_state = dict(optimizer_state or {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self.params, self._call_buffers(), self.training, args, kwargs)
+
+    def _call_buffers(self) -> Tensors:
+        return {name: buffer.clone() for name, buffer in self.buffers.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a trained model has no attribute {name!r}; for the module's own methods and attributes write "
+            f"`with model.as_module() as module: module.{name}`"
+        )
+
+    def __repr__(self) -> str:
+        mode = "train" if self.training else "eval"
+        return f"{type(self).__name__}({type(self._structure.module).__name__}, {len(self.params)} tensors, {mode})"
+
+    @contextmanager
+    def as_module(self) -> Iterator[nn.Module]:
+        """Lend the user's module these weights, so that its own methods (`generate`) use them, in the graph."""
+        with self._structure.install(self.params, self._call_buffers(), self.training) as module:
+            yield module
+
+    def train(self, mode: bool = True) -> FunctionalModel:
+        """Return the same model as a view in train mode (dropout on, batch statistics)."""
+        return self._with(self.params, training=mode)
+
+    def eval(self) -> FunctionalModel:
+        """Return the same model as a view in eval mode."""
+        return self.train(False)
+
+    def detach(self) -> FunctionalModel:
+        """Return the same model with its weights taken out of the graph."""
+        return self._with({name: p.detach() for name, p in self.params.items()})
+
+    def _with(self, params: Mapping[str, Tensor], training: bool | None = None) -> FunctionalModel:
+        mode = self.training if training is None else training
+        return FunctionalModel(
+            self._structure, params, self.buffers, training=mode, optimizer_state=self.optimizer_state
+        )
+
+
+class InnerModel(FunctionalModel):
+    """The model inside its own inner step: in train mode, and its calls move `buffers` (batch-norm statistics)."""
+
+    def _call_buffers(self) -> Tensors:
+        return self.buffers
+
+
+class _Boundary(torch.autograd.Function):
+    """Identity over many tensors as one node of the graph.
+
+    `autograd.grad(loss, params)` walks back until it is past every target. A parameter that the loss does not use
+    would make it walk the whole history at every step: O(T²). Behind one common node, no target lies deeper.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
+def behind_boundary(
+    params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel]
+) -> tuple[Tensors, dict[str, FunctionalModel]]:
+    """Pass an inner step's parameters and all upstream weights through one identity node."""
+    flat = {(None, name): p for name, p in params.items()}
+    flat |= {(stage, name): p for stage, model in upstream.items() for name, p in model.params.items()}
+    live = {key: p for key, p in flat.items() if p.requires_grad}
+    passed = dict(zip(live, _Boundary.apply(*live.values()), strict=True)) if live else {}
+    out = {**flat, **passed}
+    inner = {name: out[None, name] for name in params}
+    models = {s: m._with({n: out[s, n] for n in m.params}) for s, m in upstream.items()}
+    return inner, models
+
+
+class _View(nn.Module):
+    """What `higher` patches: the trained parameters under plain names, and a forward that hands them on."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.names = list(params)
+        for i, param in enumerate(params.values()):
+            self.register_parameter(f"p{i}", param)
+
+    def forward(self, run: Callable[[Tensors], Any]) -> Any:
+        return run({name: getattr(self, f"p{i}") for i, name in enumerate(self.names)})
+
+
+class DifferentiableCopy:
+    """One `higher` inner loop over a model: `params` → `call` → `step`, every step kept in the graph."""
+
+    def __init__(self, structure: ModelStructure, names: list[str], fmodel: Any, diffopt: Any) -> None:
+        self._structure = structure
+        self._names = names
+        self._fmodel = fmodel
+        self._diffopt = diffopt
+
+    @property
+    def params(self) -> Tensors:
+        """The present fast weights, by name."""
+        return dict(zip(self._names, self._fmodel.fast_params, strict=True))
+
+    def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
+        """Run the model through `higher`'s patched view; frozen parameters come along as they are."""
+
+        def run(fast: Tensors) -> Any:
+            return self._structure.call({**params, **fast}, buffers, training, args, kwargs)
+
+        return self._fmodel(run, params=[params[name] for name in self._names])
+
+    def step(self, loss: Tensor, params: Mapping[str, Tensor], **options: Any) -> Tensors:
+        """Take one inner step by `higher`'s differentiable optimizer: gradient of `loss`, then update."""
+        fast = self._diffopt.step(loss, params=[params[name] for name in self._names], **options)
+        return dict(zip(self._names, fast, strict=True))
+
+    @property
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The inner optimizer's state by parameter name, in the graph."""
+        return self._diffopt.named_state
+
+
+@contextmanager
+def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[str]) -> Iterator[DifferentiableCopy]:
+    """Open `higher.innerloop_ctx` over the parameters `names` of a module; release what it holds on leaving.
+
+    Args:
+        structure: of the user's module, whose weights are copied and never changed.
+        optimizer: what `metaopt.optimizers` registered with `higher`.
+        names: the trained parameters, in the optimizer's order.
+    """
+    view = _View({name: structure.params[name] for name in names})
+    with higher.innerloop_ctx(view, optimizer, copy_initial_weights=True) as (fmodel, diffopt):
+        try:
+            yield DifferentiableCopy(structure, names, fmodel, diffopt)
+        finally:
+            fmodel._fast_params = []  # higher keeps every step's weights here until garbage collection
+
+
+def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
+    """Name the modules' own parameters that a loss reaches directly, past the differentiable copies.
+
+    Args:
+        loss: an inner loss whose parameters stand behind a boundary.
+        owners: `id(parameter)` → its name, for every parameter of every stage's own module.
+    """
+    found: list[str] = []
+    seen: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or type(node).__name__ == "_BoundaryBackward":
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in owners:
+            found.append(owners[id(leaf)])
+        stack += [parent for parent, _ in node.next_functions]
+    return sorted(set(found))
+
+
+def refuse_unsupported(module: nn.Module, stage: str) -> None:
+    """Raise for modules whose second derivative would be wrong in silence."""
+    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    for name, submodule in module.named_modules():
+        where = f"stage {stage!r}: module {name or '(top)'!r} ({type(submodule).__name__})"
+        if isinstance(submodule, wrapped) or hasattr(submodule, "_orig_mod"):
+            raise StageError(
+                f"{where} is a wrapper (DataParallel or torch.compile), which runs its own copy of the weights; "
+                "give the stage the module inside (`.module` or `._orig_mod`)"
+            )
+        if getattr(submodule, "gradient_checkpointing", False) is True:
+            raise StageError(
+                f"{where} uses gradient checkpointing, which recomputes after the trained weights are swapped back; "
+                "call `model.gradient_checkpointing_disable()`"
+            )

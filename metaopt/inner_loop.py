@@ -1,0 +1,197 @@
+"""One run of a stage's inner loop, in the two halves that every estimator is built from.
+
+gradient: `loss_at(t, params, …)`, which owns all that must be the same when a step is replayed: batch, random
+state, buffers, the mode of the model. update: `transform` (clipping, all-reduce), then the torch optimizer's own
+step with that step's hyperparameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.errors import NonFiniteError, StageError
+from metaopt.functional import Call, FunctionalModel, InnerModel, ModelStructure, foreign_parameters
+from metaopt.losses import InnerLoss, require_scalar
+from metaopt.meta_params import AnyMetaParameters
+from metaopt.optimizers import State, UpdateRule
+from metaopt.random_state import seeded
+
+Tensors = dict[str, Tensor]
+Upstream = Mapping[str, FunctionalModel]
+LossFunction = Callable[[Any, Any, AnyMetaParameters, Upstream], Tensor]
+Transform = Callable[[Tensors], Tensors]
+
+
+@dataclass
+class InnerResult:
+    """What an inner loop ends with: the model, and all that `commit` carries on."""
+
+    model: FunctionalModel
+    losses: Tensor  # [num_steps], detached
+    num_steps: int
+    schedule_steps: int
+
+
+@dataclass
+class InnerLoop:
+    """T inner steps of one stage from its present state, with everything fixed that a replay must repeat.
+
+    Args:
+        name: the stage's, for messages.
+        structure: of the stage's module.
+        rule: its update rule.
+        loss: its inner loss.
+        batches: per step, its micro-batches (one unless gradients are accumulated).
+        seeds: per step, of the random state in which the loss is evaluated.
+        transform: applied to the step's gradients, by parameter name, before the optimizer.
+        hyperparameters: t, meta-parameters → the step's overrides (schedule, learned rates).
+        initial: meta-parameters, upstream → learned initial weights by name.
+        owners: `id` → name of every parameter of the chain's own modules.
+    """
+
+    name: str
+    structure: ModelStructure
+    rule: UpdateRule
+    loss: InnerLoss | LossFunction
+    batches: Sequence[Sequence[Any]]
+    seeds: Sequence[int]
+    device: torch.device
+    transform: Transform | None = None
+    hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]] = field(default=lambda t, meta_params: {})
+    initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None
+    owners: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of inner steps."""
+        return len(self.batches)
+
+    def frozen(self) -> Tensors:
+        """Return copies of the parameters that no step changes."""
+        trained = set(self.rule.names)
+        return {n: p.detach().clone() for n, p in self.structure.params.items() if n not in trained}
+
+    def start(self, own: Mapping[str, Tensor], meta_params: AnyMetaParameters, upstream: Upstream) -> Tensors:
+        """Return the trained parameters before step 0: `own`, but for those that `initial` gives."""
+        params = dict(own)
+        if self.initial is None:
+            return params
+        for name, value in self.initial(meta_params, upstream).items():
+            if name not in params or value.shape != params[name].shape:
+                raise StageError(
+                    f"stage {self.name!r}: initial gives {name!r} of shape {list(value.shape)}, which is no trained "
+                    f"parameter of that shape; there are: {', '.join(params)}"
+                )
+            params[name] = value
+        return params
+
+    def start_buffers(self) -> Tensors:
+        """Return copies of the module's buffers."""
+        return {name: buffer.detach().clone() for name, buffer in self.structure.buffers.items()}
+
+    def loss_at(
+        self,
+        t: int,
+        params: Mapping[str, Tensor],
+        buffers: Tensors,
+        meta_params: AnyMetaParameters,
+        upstream: Upstream,
+        call: Call | None = None,
+    ) -> tuple[Tensor, Tensors]:
+        """Return the inner loss of step t at these weights, and the buffers that its calls leave behind.
+
+        With several micro-batches it is their mean, whose gradient is the accumulated one.
+        """
+        buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        model = InnerModel(self.structure, params, buffers, training=True, call=call)
+        with seeded(self.seeds[t], self.device):
+            losses = [
+                require_scalar(self.loss(model, batch, meta_params, upstream), f"the loss of stage {self.name!r}")
+                for batch in self.batches[t]
+            ]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return loss, buffers
+
+    def transformed(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Apply the gradient transform to the gradients there are; a parameter that the loss missed keeps None."""
+        if self.transform is None:
+            return dict(gradients)
+        present = {name: g for name, g in gradients.items() if g is not None}
+        changed = self.transform(present)
+        if set(changed) != set(present):
+            raise StageError(f"stage {self.name!r}: transform must return a gradient for each name it is given")
+        return {**gradients, **changed}
+
+    def check_graph(self, loss: Tensor) -> None:
+        """Raise if the first step's loss runs through a module's own weights instead of the copies in training."""
+        foreign = foreign_parameters(loss, self.owners)
+        if foreign:
+            shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+            raise StageError(
+                f"the loss of stage {self.name!r} reaches the weights of a user's own module ({shown}), which this "
+                "unroll does not train; call the `model` and `upstream[...]` that the loss is handed instead"
+            )
+
+    def check_gradients(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Raise if the first step's loss depends on none of the trained parameters."""
+        if all(g is None for g in gradients.values()):
+            raise StageError(
+                f"the loss of stage {self.name!r} depends on none of the {len(gradients)} parameters that it trains; "
+                "call the `model` that the loss is handed"
+            )
+
+    def finish(self, params: Tensors, buffers: Tensors, state: State, losses: Sequence[Tensor]) -> InnerResult:
+        """Check that every inner loss and weight is finite, and wrap up the trained model."""
+        values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
+        if not bool(values.isfinite().all()):
+            t = int((~values.isfinite()).nonzero()[0])
+            raise NonFiniteError(
+                f"stage {self.name!r}: the inner loss is {values[t].item()} at inner step {t} of {self.num_steps}; "
+                "lower the inner learning rate, or clip: Stage(..., transform=...)"
+            )
+        for name, param in params.items():
+            if not bool(param.detach().isfinite().all()):
+                raise NonFiniteError(
+                    f"stage {self.name!r}: parameter {name!r} is not finite after {self.num_steps} inner steps; lower "
+                    "the inner learning rate"
+                )
+        detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
+        model = FunctionalModel(self.structure, {**self.frozen(), **params}, buffers, optimizer_state=detached)
+        return InnerResult(model, values, self.num_steps, self.num_steps)
+
+    def run_without_graph(
+        self,
+        meta_params: AnyMetaParameters,
+        upstream: Upstream,
+        on_step: Callable[[str, int, Tensor], None] | None = None,
+    ) -> InnerResult:
+        """Run the same steps with torch's own optimizer, keeping nothing: training as it is without metaopt."""
+        trained = {name: self.structure.params[name] for name in self.rule.names}
+        with torch.no_grad():
+            start = self.start(trained, meta_params, upstream)
+        params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
+        frozen, buffers = self.frozen(), self.start_buffers()
+        detached = {name: model.detach() for name, model in upstream.items()}
+        optimizer = self.rule.bind(params, self.rule.initial_state())
+        losses = []
+        for t in range(self.num_steps):
+            with torch.enable_grad():
+                loss, buffers = self.loss_at(t, {**frozen, **params}, buffers, meta_params, detached)
+                gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            with torch.no_grad():
+                by_name = self.transformed(dict(zip(params, gradients, strict=True)))
+                overrides = self.hyperparameters(t, meta_params)
+            for name, param in params.items():
+                param.grad = by_name[name]
+            self.rule.set_hyperparameters(optimizer, overrides)
+            optimizer.step()
+            losses.append(loss.detach())
+            if on_step is not None:
+                on_step(self.name, t, losses[-1])
+        final = {name: p.detach() for name, p in params.items()}
+        return self.finish(final, buffers, self.rule.read(optimizer, params), losses)

@@ -1,0 +1,249 @@
+"""Inner losses: what a stage minimises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaopt.errors import ConfigError, StageError, did_you_mean
+from metaopt.functional import FunctionalModel
+from metaopt.meta_params import AnyMetaParameters, select
+
+Batch = Mapping[str, Tensor]
+Upstream = Mapping[str, FunctionalModel]
+
+NOT_FOR_MODELS = ("index", "source", "labels")  # entries of a batch that models never receive
+IGNORED = -100  # label of a position that counts in no loss
+
+
+class InnerLoss(ABC):
+    """What a stage minimises: subclass it, or give any function with the same arguments.
+
+    `reads` names the earlier stages that the loss looks at, so that a misspelt one is found before any training.
+    """
+
+    reads: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        """Return the loss, a scalar in the graph of the model's `params`.
+
+        Args:
+            model: the stage's own model at the present inner step; call it, or read its `.params`.
+            batch: what the stage's stream yields.
+            meta_params: as they were given to `chain.unroll`: one module or a named mapping.
+            upstream: name → trained model, for every earlier stage, in eval mode.
+        """
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return the entries of a batch that a model receives: all but `index`, `source` and `labels`."""
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}; metaopt's own losses need a mapping of names to tensors, such as "
+            "{'input_ids': ..., 'labels': ..., 'index': ...}; for other batches write an InnerLoss of your own"
+        )
+    return {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return a model's logits: the output itself, or its `.logits`."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise StageError(
+            f"the model returned a {type(output).__name__} without .logits; return a tensor of logits or an object "
+            "with .logits, or write an InnerLoss that reads what it returns"
+        )
+    return logits
+
+
+def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each example's cross-entropy, mean over its positions.
+
+    Args:
+        logits: [B, C] or [B, L, C].
+        labels: [B] or [B, L]; −100 marks positions that do not count.
+
+    Returns:
+        [B], in nats.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise StageError(
+            f"logits of shape {list(logits.shape)} do not fit labels of shape {list(labels.shape)}: labels must have "
+            f"the shape {list(logits.shape[:-1])}"
+        )
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return mean_over_positions(losses.view(labels.shape), labels != IGNORED)
+
+
+def mean_over_positions(values: Tensor, counts: Tensor | None) -> Tensor:
+    """Return the mean over all but the first axis [B], over the positions that `counts` marks."""
+    if values.dim() == 1:
+        return values
+    if counts is None:
+        return values.flatten(1).mean(1)
+    counts = counts.to(values.dtype)
+    return (values * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
+
+
+def find_upstream(upstream: Upstream, name: str | None, reader: str) -> FunctionalModel:
+    """Return the upstream model called `name`, or that of the stage just before; say what is wrong otherwise."""
+    if not upstream:
+        raise ConfigError(f"{reader} learns from an earlier stage, but its stage is the first of the chain")
+    name = name or list(upstream)[-1]
+    if name not in upstream:
+        raise ConfigError(f"{reader}: no earlier stage {name!r}{did_you_mean(name, upstream)}")
+    return upstream[name]
+
+
+class CrossEntropy(InnerLoss):
+    """Plain mean cross-entropy, without meta-parameters: `L = 1/B Σ_i ℓ_i`."""
+
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        return cross_entropy_per_example(logits_of(model(**model_inputs(batch))), batch["labels"]).mean()
+
+
+class WeightedLoss(InnerLoss):
+    """Cross-entropy weighted by meta-parameters: `L = 1/B Σ_i w_i(φ) ℓ_i`.
+
+    Args:
+        weights: which of several meta-parameters gives the weights; None when there is only one.
+    """
+
+    def __init__(self, weights: str | None = None) -> None:
+        self.weights = weights
+
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        losses = cross_entropy_per_example(logits_of(model(**model_inputs(batch))), batch["labels"])
+        weights = select(meta_params, self.weights, "WeightedLoss")(batch)
+        return (weights.to(losses.dtype) * losses).mean()
+
+
+class FromUpstream(InnerLoss):
+    """Base of the losses that learn from an earlier stage's trained model.
+
+    Args:
+        upstream: its name; None for the stage just before.
+    """
+
+    def __init__(self, upstream: str | None = None) -> None:
+        self.upstream = upstream
+        self.reads = (upstream,) if upstream else ()
+
+    def teacher(self, upstream: Upstream) -> FunctionalModel:
+        """Return the upstream model that this loss learns from."""
+        return find_upstream(upstream, self.upstream, type(self).__name__)
+
+
+class Distillation(FromUpstream):
+    """Learn from an upstream model's soft labels (Hinton et al., 2015, arXiv:1503.02531).
+
+    `L = τ² · mean KL(softmax(z_teacher/τ) ‖ softmax(z_student/τ))`, both models on the same batch. The teacher's
+    logits stay in the graph, so the hypergradient passes through them.
+
+    Args:
+        upstream: the teacher's stage; None for the stage just before.
+        temperature: τ > 0.
+    """
+
+    def __init__(self, upstream: str | None = None, temperature: float = 1.0) -> None:
+        super().__init__(upstream)
+        if not temperature > 0:
+            raise ConfigError(f"Distillation: temperature={temperature} must be above 0")
+        self.temperature = temperature
+
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        inputs = model_inputs(batch)
+        target = logits_of(self.teacher(upstream)(**inputs))
+        return soft_label_loss(logits_of(model(**inputs)), target, batch.get("labels"), self.temperature)
+
+
+def soft_label_loss(logits: Tensor, target: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """Return `τ² · mean KL(softmax(target/τ) ‖ softmax(logits/τ))` over examples and counted positions.
+
+    Args:
+        logits: of the student, [B, C] or [B, L, C].
+        target: logits of the teacher, same shape.
+        labels: only their −100 entries are read: positions that do not count; None counts all.
+        temperature: τ.
+    """
+    if logits.shape != target.shape:
+        raise StageError(
+            f"the student's logits have shape {list(logits.shape)}, the teacher's {list(target.shape)}: soft labels "
+            "need the same classes (vocabulary) and the same positions for both"
+        )
+    log_q, log_p = (F.log_softmax(z / temperature, dim=-1) for z in (logits, target))
+    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    counts = None if labels is None else labels != IGNORED
+    return temperature**2 * mean_over_positions(divergence, counts).mean()
+
+
+class HiddenStates(FromUpstream):
+    """Feed the student with the teacher's last decoder hidden states, and teach it the teacher's soft labels.
+
+    The student gets them as `decoder_inputs_embeds`, in the graph; both models are encoder-decoders of one hidden
+    size. `L = τ² · mean KL(teacher ‖ student)`.
+
+    Args:
+        upstream: the teacher's stage; None for the stage just before.
+        temperature: τ > 0.
+    """
+
+    def __init__(self, upstream: str | None = None, temperature: float = 1.0) -> None:
+        super().__init__(upstream)
+        if not temperature > 0:
+            raise ConfigError(f"HiddenStates: temperature={temperature} must be above 0")
+        self.temperature = temperature
+
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        inputs = model_inputs(batch)
+        taught = self.teacher(upstream)(**inputs, output_hidden_states=True)
+        states = getattr(taught, "decoder_hidden_states", None)
+        if states is None:
+            raise StageError("HiddenStates: the upstream model returns no decoder_hidden_states; use Distillation")
+        inputs.pop("decoder_input_ids", None)
+        output = model(**inputs, decoder_inputs_embeds=states[-1])
+        return soft_label_loss(logits_of(output), logits_of(taught), batch.get("labels"), self.temperature)
+
+
+class HardLabels(FromUpstream):
+    """Labels by the teacher's argmax: refused, since no gradient passes through it.
+
+    Raises:
+        ConfigError: always, and says what to write instead.
+    """
+
+    def __init__(self, upstream: str | None = None) -> None:
+        raise ConfigError(
+            "HardLabels: argmax is piecewise constant, its derivative is zero, so the hypergradient would stop at the "
+            "teacher's labels. Write Distillation(...) (soft labels) or HiddenStates(...) instead; with handover: "
+            "decoded the student trains on the teacher's decoded output and its soft labels carry the gradient"
+        )
+
+
+def require_scalar(loss: Any, where: str) -> Tensor:
+    """Return `loss` if it is a scalar tensor in the graph; raise what is wrong with it otherwise."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise StageError(f"{where} must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise StageError(
+            f"{where} returned a tensor without a graph: something in it ran under torch.no_grad(), was detached, or "
+            "was rebuilt with torch.tensor(...); compute it from the model that is handed in"
+        )
+    return loss.reshape(())

@@ -1,0 +1,166 @@
+"""Meta-parameters: what the outer problem learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.errors import ConfigError, did_you_mean
+
+PARAMETRISATIONS = ("softmax", "sigmoid")
+
+
+class MetaParameters(nn.Module):
+    """Base class of what is learned; a plain `nn.Module` serves as well.
+
+    One that weighs examples implements `forward(batch) -> weights [batch size]`.
+    """
+
+
+AnyMetaParameters = nn.Module | Mapping[str, nn.Module]
+
+
+class _TableOfWeights(MetaParameters):
+    """One logit per entry, and a weight that is its sigmoid, or `n · softmax` over all n entries."""
+
+    key: str  # which entry of a batch selects the weight
+
+    def __init__(self, size: int, parametrisation: str) -> None:
+        super().__init__()
+        if size < 1:
+            raise ConfigError(f"{type(self).__name__}: {size} weights; at least 1 is needed")
+        if parametrisation not in PARAMETRISATIONS:
+            raise ConfigError(
+                f"{type(self).__name__}: no parametrisation {parametrisation!r}"
+                f"{did_you_mean(parametrisation, PARAMETRISATIONS)}"
+            )
+        self.parametrisation = parametrisation
+        self.logits = nn.Parameter(torch.zeros(size))
+
+    def weights(self) -> Tensor:
+        """Return all weights [n], in the graph."""
+        if self.parametrisation == "sigmoid":
+            return self.logits.sigmoid()
+        return len(self.logits) * self.logits.softmax(0)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight of each example of the batch [batch size]."""
+        if self.key not in batch:
+            raise ConfigError(
+                f"{type(self).__name__} reads batch[{self.key!r}], which this batch lacks (it has: "
+                f"{', '.join(batch)}); let the data set add it, or weigh by another key"
+            )
+        index = batch[self.key]
+        if len(index) and int(index.max()) >= len(self.logits):
+            raise ConfigError(
+                f"{type(self).__name__} has {len(self.logits)} weights, and batch[{self.key!r}] reaches "
+                f"{int(index.max())}; build it with {int(index.max()) + 1} or more"
+            )
+        return self.weights()[index]
+
+
+class SourceWeights(_TableOfWeights):
+    """One weight per source (group) of the data: `w_s = n · softmax(logits)_s`, mean 1 over the n sources.
+
+    Args:
+        num_sources: n.
+        parametrisation: `softmax`, or `sigmoid` for `w_s = σ(logits_s)`, which starts at 1/2.
+    """
+
+    key = "source"
+
+    def __init__(self, num_sources: int, parametrisation: str = "softmax") -> None:
+        super().__init__(num_sources, parametrisation)
+
+
+class ExampleWeights(_TableOfWeights):
+    """One weight per training example: `w_i = σ(logits_i)`, which starts at 1/2.
+
+    Args:
+        num_examples: n; a batch's `index` runs from 0 to n − 1.
+        parametrisation: `sigmoid`, or `softmax` for `w_i = n · softmax(logits)_i`.
+    """
+
+    key = "index"
+
+    def __init__(self, num_examples: int, parametrisation: str = "sigmoid") -> None:
+        super().__init__(num_examples, parametrisation)
+
+
+class Uniform(MetaParameters):
+    """Weight 1 for every example: the baseline that learns nothing."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return ones [batch size]."""
+        some = next(iter(batch.values()))
+        return torch.ones(len(some), device=some.device)
+
+
+class FixedWeights(MetaParameters):
+    """Given weights that are not learned: an oracle mask, or learned weights once they are frozen.
+
+    Args:
+        weights: [n].
+        key: which entry of a batch selects the weight: `index` or `source`.
+    """
+
+    table: Tensor
+
+    def __init__(self, weights: Tensor, key: str = "index") -> None:
+        super().__init__()
+        self.key = key
+        self.register_buffer("table", weights.detach().clone().to(torch.get_default_dtype()))
+
+    def weights(self) -> Tensor:
+        """Return all weights [n]."""
+        return self.table
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight of each example of the batch [batch size]."""
+        return self.table[batch[self.key]]
+
+
+def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:
+    """Return meta-parameters as a mapping of modules; a single module goes under the empty name."""
+    if isinstance(meta_params, nn.Module):
+        return {"": meta_params}
+    if isinstance(meta_params, Mapping) and all(isinstance(m, nn.Module) for m in meta_params.values()):
+        return dict(meta_params)
+    raise ConfigError(
+        f"meta-parameters: a {type(meta_params).__name__}; give an nn.Module (metaopt.ExampleWeights(...), or your own "
+        "with nn.Parameters), or a mapping of names to modules"
+    )
+
+
+def named_tensors(meta_params: AnyMetaParameters) -> dict[str, Tensor]:
+    """Return every tensor to be learned, by name: parameters that require grad."""
+    return {
+        ".".join(part for part in (prefix, name) if part): tensor
+        for prefix, module in as_named(meta_params).items()
+        for name, tensor in module.named_parameters()
+        if tensor.requires_grad
+    }
+
+
+def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any:
+    """Return the module that a loss reads: the one called `name`, or the only one there is.
+
+    Args:
+        meta_params: one module or a named mapping.
+        name: None when there is only one.
+        reader: the class that asks, for the error message.
+    """
+    if isinstance(meta_params, nn.Module) and not isinstance(meta_params, nn.ModuleDict):
+        if name is None:
+            return meta_params
+        raise ConfigError(f"{reader} reads meta-parameters {name!r}, but they are one module without a name")
+    modules = dict(meta_params.items())
+    if name is None and len(modules) == 1:
+        return next(iter(modules.values()))
+    if name is None or name not in modules:
+        hint = did_you_mean(name or "", modules)
+        raise ConfigError(f"{reader} must say which meta-parameters it reads: {reader}(weights=...){hint}")
+    return modules[name]

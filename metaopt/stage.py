@@ -1,0 +1,260 @@
+"""A stage: one training, as a function (initial weights, meta-parameters, upstream) → trained weights."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from metaopt.data.streams import BatchStream
+from metaopt.errors import ConfigError, StageError
+from metaopt.estimators import Estimator, Unrolled
+from metaopt.functional import FunctionalModel, ModelStructure, refuse_unsupported
+from metaopt.handover import HandOver
+from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, Upstream
+from metaopt.losses import InnerLoss
+from metaopt.meta_params import AnyMetaParameters
+from metaopt.optimizers import Schedule, UpdateRule
+from metaopt.random_state import derived_seed, draw_seed, seeded
+
+ModelOrFactory = nn.Module | Callable[[], nn.Module]
+OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
+_BATCHES, _INIT = 1, 2  # what a seed is derived for, beside the inner steps
+
+
+class Stage:
+    """One training: a model, its inner optimizer, what it minimises, on what data, for how many steps.
+
+    Args:
+        model: an `nn.Module`, or a factory of one (fresh initialisations at `reset`).
+        optimizer: a callable params → `torch.optim.Optimizer`, or the user's own optimizer over that module.
+        loss: an `InnerLoss`, or a function with its arguments.
+        batches: a sequence or re-iterable such as a DataLoader; a `HandOver`; or a callable upstream → iterable that
+            is run once per unroll, without a graph. Floating tensors are cast to the model's dtype.
+        num_steps: inner steps per unroll, T ≥ 1.
+        estimator: how the stage is differentiated.
+        schedule: optimizer → `torch.optim.lr_scheduler`, moved at every inner step.
+        overrides: meta-parameters, t → hyperparameters of inner step t; `lr` may be a tensor in the graph.
+        transform: gradients by name → gradients by name, before the optimizer (clipping, all-reduce).
+        initial: meta-parameters, upstream → learned initial weights by parameter name.
+        accumulate: batches per inner step; their losses are averaged.
+        seed: of the stage's random state (dropout, order of the data); drawn from torch's generator if None.
+
+    Raises:
+        ConfigError: an argument that cannot be used; the message says what to give instead.
+    """
+
+    def __init__(
+        self,
+        model: ModelOrFactory,
+        optimizer: OptimizerOrFactory,
+        loss: InnerLoss | LossFunction,
+        batches: Iterable[Any] | HandOver | Callable[[Upstream], Iterable[Any]],
+        num_steps: int,
+        estimator: Estimator | None = None,
+        *,
+        schedule: Callable[[Optimizer], Any] | None = None,
+        overrides: Callable[[AnyMetaParameters, int], Mapping[str, Any]] | None = None,
+        transform: Transform | None = None,
+        initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None,
+        accumulate: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        for name, count in (("num_steps", num_steps), ("accumulate", accumulate)):
+            if not isinstance(count, int) or count < 1:
+                raise ConfigError(f"Stage: {name}={count!r} must be a whole number of at least 1")
+        if not callable(loss):
+            raise ConfigError(f"Stage: loss is a {type(loss).__name__}; give an InnerLoss or a function")
+        self.num_steps, self.accumulate = num_steps, accumulate
+        self.loss, self.overrides, self.transform, self.initial = loss, overrides, transform, initial
+        self.estimator = estimator or Unrolled()
+        self.seed = draw_seed() if seed is None else seed
+        self._steps, self._schedule_steps, self._resets = 0, 0, 0
+        self._factory = None if isinstance(model, nn.Module) else model
+        self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model()
+        self.structure = ModelStructure(self.model)
+        self.optimizer = _make_optimizer(optimizer, self.model)
+        self.rule = UpdateRule(self.optimizer, self.structure.params)
+        self._schedule = Schedule(schedule, self.optimizer) if schedule is not None else None
+        self._initial: dict[str, Any] | None = None
+        if self._factory is None:
+            self._initial = copy.deepcopy(self.model.state_dict())
+        self._initial_optimizer = copy.deepcopy(self.optimizer.state_dict())
+        self._source = batches
+        self._stream = self._open_stream(batches)
+
+    # --- what an unroll starts from -----------------------------------------------------------------------------
+
+    def step_seed(self, t: int) -> int:
+        """Return the seed of the random state in which the t-th inner step from now is evaluated."""
+        return derived_seed(self.seed, self._steps + t)
+
+    def begin(
+        self,
+        name: str,
+        upstream: Upstream,
+        owners: Mapping[int, str],
+        num_steps: int | None = None,
+        batches: list[Any] | None = None,
+    ) -> InnerLoop:
+        """Fix the batches, the random state and the starting point of the next `num_steps` inner steps."""
+        refuse_unsupported(self.model, name)
+        steps = self.num_steps if num_steps is None else num_steps
+        if batches is None:
+            batches = self.draw_batches(upstream, steps)
+        like = next(iter(self.structure.params.values()))
+        batches = [move(batch, like) for batch in batches]
+        micro = [batches[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
+        return InnerLoop(
+            name=name,
+            structure=self.structure,
+            rule=self.rule,
+            loss=self.loss,
+            batches=micro,
+            seeds=[self.step_seed(t) for t in range(steps)],
+            device=like.device,
+            transform=self.transform,
+            hyperparameters=self._hyperparameters,
+            initial=self.initial,
+            owners=owners,
+        )
+
+    @property
+    def written_once(self) -> bool:
+        """Whether the stage's data are written by the upstream models, once per unroll."""
+        return self._stream is None or isinstance(self._source, HandOver)
+
+    def draw_batches(self, upstream: Upstream, num_steps: int) -> list[Any]:
+        """Return the batches of the next steps; the stream stays where it is."""
+        count = num_steps * self.accumulate
+        if self._stream is not None and not isinstance(self._source, HandOver):
+            return self._stream.peek(count)
+        with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES)):
+            if isinstance(self._source, HandOver):
+                assert self._stream is not None
+                return list(self._source.write(upstream, self._stream.peek(count)))
+            made = list(itertools.islice(self._source(upstream), count))  # type: ignore[operator]
+        if not made:
+            raise StageError("batches: the callable made no batch from the upstream models; it must yield at least one")
+        return list(itertools.islice(itertools.cycle(made), count))
+
+    def _hyperparameters(self, t: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
+        scheduled = self._schedule.at(self._schedule_steps + t) if self._schedule is not None else {}
+        learned = self.overrides(meta_params, t) if self.overrides is not None else {}
+        return {**scheduled, **learned}
+
+    # --- carrying on --------------------------------------------------------------------------------------------
+
+    def commit(self, result: InnerResult) -> None:
+        """Carry on from a trained model: weights, buffers, optimizer state, batch stream, random state."""
+        self._load_weights(result.model)
+        self.rule.write_back(result.model.optimizer_state)
+        self._steps += result.num_steps
+        self._schedule_steps += result.schedule_steps
+        if self._stream is not None:
+            self._stream.advance(result.num_steps * self.accumulate)
+        if self._schedule is not None:
+            self.rule.set_hyperparameters(self.optimizer, self._schedule.at(self._schedule_steps))
+
+    @torch.no_grad()
+    def _load_weights(self, model: FunctionalModel) -> None:
+        for own, trained in ((self.structure.params, model.params), (self.structure.buffers, model.buffers)):
+            for name, tensor in own.items():
+                tensor.copy_(trained[name])
+
+    def reset(self) -> None:
+        """Go back to the initial weights (a factory draws new ones) and optimizer state; the data move on."""
+        self._resets += 1
+        initial = self._draw_model().state_dict() if self._initial is None else self._initial
+        self.model.load_state_dict(initial)
+        self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer))
+        self._schedule_steps = 0
+
+    def _draw_model(self) -> nn.Module:
+        assert self._factory is not None
+        with seeded(derived_seed(self.seed, self._resets, _INIT)):
+            model = self._factory()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"Stage: the model factory returned a {type(model).__name__}, not an nn.Module")
+        if hasattr(self, "model"):
+            like = next(self.model.parameters())
+            model.to(device=like.device, dtype=like.dtype)
+        return model
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that an unroll depends on and `reset` goes back to."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stream": None if self._stream is None else self._stream.state_dict(),
+            "random": {"seed": self.seed, "steps": self._steps, "resets": self._resets},
+            "schedule_steps": self._schedule_steps,
+            "initial": {"model": self._initial, "optimizer": self._initial_optimizer},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if self._stream is not None:
+            self._stream.load_state_dict(state["stream"])
+        random = state["random"]
+        self.seed, self._steps, self._resets = random["seed"], random["steps"], random["resets"]
+        self._schedule_steps = state["schedule_steps"]
+        self._initial, self._initial_optimizer = state["initial"]["model"], state["initial"]["optimizer"]
+
+    def twin(self, dtype: torch.dtype) -> Stage:
+        """Return an independent copy of this stage in another dtype, with the same data ahead of it."""
+        twin = copy.copy(self)
+        twin.model, twin.optimizer = copy.deepcopy((self.model, self.optimizer))
+        twin.model.to(dtype)
+        for param, entry in twin.optimizer.state.items():
+            twin.optimizer.state[param] = {
+                k: v.to(dtype) if isinstance(v, Tensor) and v.dim() and v.is_floating_point() else v
+                for k, v in entry.items()
+            }
+        twin.structure = ModelStructure(twin.model)
+        twin.rule = UpdateRule(twin.optimizer, twin.structure.params)
+        if self._stream is not None:
+            twin._stream = twin._open_stream(self._source)
+            assert twin._stream is not None
+            twin._stream.load_state_dict(self._stream.state_dict())
+        return twin
+
+    def _open_stream(self, batches: Any) -> BatchStream | None:
+        source = batches.batches if isinstance(batches, HandOver) else batches
+        if callable(source) and not isinstance(source, Iterable):
+            return None
+        return BatchStream(source, derived_seed(self.seed, 0, _BATCHES))
+
+
+def _make_optimizer(optimizer: OptimizerOrFactory, model: nn.Module) -> Optimizer:
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if not callable(optimizer):
+        raise ConfigError(
+            f"Stage: optimizer is a {type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), or "
+            "an optimizer over the model's parameters"
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
+    return optimizer(trained)
+
+
+def move(batch: Any, like: Tensor) -> Any:
+    """Return the batch on the device of `like`, its floating tensors in the dtype of `like`."""
+    if isinstance(batch, Tensor):
+        return batch.to(like.device, like.dtype if batch.is_floating_point() else batch.dtype)
+    if isinstance(batch, Mapping):
+        return {key: move(value, like) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(move(value, like) for value in batch)
+    return batch
