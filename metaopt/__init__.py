@@ -41,7 +41,7 @@ _PUBLIC = {
     "ValidationLoss": "objectives",
     "WeightedLoss": "losses",
     "backward": "diagnostics",
-    "check_hypergradient": "diagnostics",
+    "check_hypergradient": "check",
     "hypergradient": "diagnostics",
 }
 
@@ -62,9 +62,9 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from metaopt.chain import Chain as Chain
+    from metaopt.check import check_hypergradient as check_hypergradient
     from metaopt.data.bundle import DataBundle as DataBundle
     from metaopt.diagnostics import backward as backward
-    from metaopt.diagnostics import check_hypergradient as check_hypergradient
     from metaopt.diagnostics import hypergradient as hypergradient
     from metaopt.errors import ConfigError as ConfigError
     from metaopt.errors import MetaoptError as MetaoptError

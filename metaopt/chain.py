@@ -12,7 +12,7 @@ from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel
 from metaopt.inner_loop import InnerResult
 from metaopt.meta_params import AnyMetaParameters, as_named
-from metaopt.stage import Stage
+from metaopt.stage import Stage, move
 
 _CHUNK = 64  # steps of plain training between two looks ahead in the data
 
@@ -179,6 +179,11 @@ class Chain:
     def twin(self, dtype: torch.dtype = torch.float64) -> Chain:
         """Return an independent copy of the chain in another dtype, with the same data ahead of it."""
         return Chain(**{name: stage.twin(dtype) for name, stage in self.stages.items()})
+
+    def move(self, batch: Any) -> Any:
+        """Return a batch on the chain's device, its floating tensors in the chain's dtype."""
+        last = next(reversed(self.stages.values()))
+        return move(batch, next(last.model.parameters()))
 
     def _owners(self) -> dict[int, str]:
         return {

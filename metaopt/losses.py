@@ -236,12 +236,12 @@ class HardLabels(FromUpstream):
         )
 
 
-def require_scalar(loss: Any, where: str) -> Tensor:
-    """Return `loss` if it is a scalar tensor in the graph; raise what is wrong with it otherwise."""
+def require_scalar(loss: Any, where: str, needs_graph: bool = True) -> Tensor:
+    """Return `loss` if it is a scalar tensor (in the graph); raise what is wrong with it otherwise."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        shape = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise StageError(f"{where} must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
-    if torch.is_grad_enabled() and not loss.requires_grad:
+    if needs_graph and torch.is_grad_enabled() and not loss.requires_grad:
         raise StageError(
             f"{where} returned a tensor without a graph: something in it ran under torch.no_grad(), was detached, or "
             "was rebuilt with torch.tensor(...); compute it from the model that is handed in"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections.abc
+import difflib
+import importlib
+import importlib.util
 import inspect
+import os
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
-
-from hydra.utils import get_object
 
 from metaopt.errors import did_you_mean
 
@@ -38,9 +40,11 @@ def problems_of_target(where: str, node: Any, supplied: int = 0, given: Collecti
         )
         return
     try:
-        called = get_object(target)
+        called = locate(target)
     except Exception as error:  # importing a user's module can raise anything
-        yield f"{where}._target_ = {target}: {_import_problem(error)}"
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        searched = f"searched: what is installed, and {os.getcwd()}"
+        yield f"{where}._target_ = {target} cannot be imported: {kind}{error} ({searched})"
         return
     if not callable(called):
         yield f"{where}._target_ = {target}: a {type(called).__name__} cannot be called"
@@ -48,11 +52,27 @@ def problems_of_target(where: str, node: Any, supplied: int = 0, given: Collecti
     yield from _problems_of_arguments(where, target, called, node, supplied, given)
 
 
-def _import_problem(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    reason = " ".join(str(cause).split("\nAre you sure")[0].split())
-    kind = "" if isinstance(cause, (ImportError, AttributeError)) else f"{type(cause).__name__}: "
-    return f"cannot be imported: {kind}{reason}. The current folder is searched, then what is installed"
+def locate(path: str) -> Any:
+    """Return what a dotted path names, importing modules on the way; raise ImportError where it ends."""
+    parts = path.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise ImportError("a dotted path such as my_module.MyClass is needed")
+    found: Any = importlib.import_module(parts[0])
+    for end, part in enumerate(parts[1:], 2):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            parent, name = ".".join(parts[: end - 1]), ".".join(parts[:end])
+            if isinstance(found, types.ModuleType) and importlib.util.find_spec(name) is not None:
+                found = importlib.import_module(name)
+                continue
+            raise ImportError(f"{parent} has no {part!r}{_close(part, dir(found))}") from None
+    return found
+
+
+def _close(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _problems_of_arguments(
@@ -73,19 +93,21 @@ def _problems_of_arguments(
     for name, value in arguments.items():
         if name not in named and not takes_any:
             yield f"{where}.{name}: {target} takes no such argument{did_you_mean(name, named)}"
-        elif value != "???" and not fits(value, hints.get(name, Any)):
+        elif value not in ("???", named[name].default if name in named else None) and not fits(
+            value, hints.get(name, Any)
+        ):
             yield f"{where}.{name} = {value!r}: {target} takes {describe(hints[name])}"
     for name, parameter in named.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments and name not in given:
             yield f"{where}.{name} is missing: {target} needs it; add +{where}.{name}=..."
 
 
-def _named_parameters(
-    signature: inspect.Signature, supplied: int
-) -> tuple[dict[str, inspect.Parameter], bool]:
+def _named_parameters(signature: inspect.Signature, supplied: int) -> tuple[dict[str, inspect.Parameter], bool]:
     """Return the parameters that a name in the config can set, and whether any name goes."""
     kinds = inspect.Parameter
-    positional = [p for p in signature.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    positional = [
+        p for p in signature.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
     taken = {p.name for p in positional[:supplied]}
     named = {
         name: p
@@ -133,9 +155,11 @@ def _fits_plain(value: Any, hint: Any, kind: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(any(fits(v, i) for i in inner or [Any]) for v in value)
     if kind in _MAPPINGS:
         return isinstance(value, Mapping)
-    plain = isinstance(value, (bool, int, float, list, Mapping)) or value is None
-    # A path, an enum or a dtype may be written as a string; a tensor or a module may not be written at all.
-    return not (plain or getattr(kind, "__module__", "").startswith("torch")) or not inspect.isclass(kind)
+    if not inspect.isclass(kind):  # a type variable, say
+        return True
+    if kind.__module__.split(".")[0] == "torch":  # a tensor or a module, which a config cannot write down
+        return False
+    return isinstance(value, (str, Mapping))  # a path, an enum, a typed dictionary
 
 
 def describe(hint: Any) -> str:
@@ -146,5 +170,7 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) in _SEQUENCES:
+        return "a list of " + " or ".join(describe(option) for option in typing.get_args(hint))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(hint) or (hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint))

@@ -1,0 +1,178 @@
+"""Library objects from the config: one function per part of a run, in the order data flows."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import traceback
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from metaopt.chain import Chain
+from metaopt.data.bundle import DataBundle
+from metaopt.errors import ConfigError, MetaoptError
+from metaopt.losses import FromUpstream
+from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
+from metaopt.random_state import derived_seed, seeded
+from metaopt.stage import Stage
+from metaopt.trainer import Selection
+
+STREAMS = ("train", "unlabelled", "validation", "selection", "test")
+_META_PARAMS = 1  # what a seed is derived for, beside the stages
+
+
+def build_data(config: DictConfig) -> DataBundle:
+    """Return the data set's streams, each cut to `limits.batches`."""
+    seed, limit = config.trainer.seed, config.limits.batches
+    with seeded(seed):
+        bundle = _call("data", _factory("data", config.data))
+        if not isinstance(bundle, DataBundle):
+            raise ConfigError(f"data: {config.data._target_} returned a {type(bundle).__name__}, not a DataBundle")
+        if limit is None:
+            return bundle
+        return replace(bundle, **{name: list(itertools.islice(getattr(bundle, name), limit)) for name in STREAMS})
+
+
+def build_chain(config: DictConfig, bundle: DataBundle) -> Chain:
+    """Return the chain of stages that `chain` names, on the configured device and in the configured dtype."""
+    stages: dict[str, Stage] = {}
+    for name in config.chain:
+        stages[name] = _stage(f"stages.{name}", config, config.stages[name], bundle, is_first=not stages)
+        _check_vocabulary(f"stages.{name}.model", stages[name].model, bundle.facts.get("vocab_size"))
+    return Chain(**stages)
+
+
+def _stage(where: str, config: DictConfig, node: DictConfig, bundle: DataBundle, is_first: bool) -> Stage:
+    batches = getattr(bundle, node.data)
+    if node.get("generate") is not None:
+        batches = _call(f"{where}.generate", _factory(f"{where}.generate", node.generate), batches=batches)
+    loss = _call(f"{where}.loss", _factory(f"{where}.loss", node.loss))
+    if is_first and isinstance(loss, FromUpstream):
+        raise ConfigError(
+            f"{where}.loss: {type(loss).__name__} learns from an earlier stage, and this is the first of chain = "
+            f"{list(config.chain)}; put a supervised stage before it, or write stage@{where}=supervised"
+        )
+    slots = {slot: node[slot] for slot in ("schedule", "transform", "overrides", "initial") if node.get(slot)}
+    estimator = None if node.get("estimator") is None else _call(where, _factory(f"{where}.estimator", node.estimator))
+    return Stage(
+        functools.partial(_model, f"{where}.model", _factory(f"{where}.model", node.model), *_place(config)),
+        functools.partial(_call, f"{where}.optimizer", _factory(f"{where}.optimizer", node.optimizer)),
+        loss,
+        batches,
+        node.num_steps,
+        estimator,
+        accumulate=node.get("accumulate", 1),
+        seed=derived_seed(config.trainer.seed, zlib.crc32(where.encode())),
+        **{slot: _factory(f"{where}.{slot}", part) for slot, part in slots.items()},
+    )
+
+
+def _model(where: str, factory: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    model = _call(where, factory)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{where}: the target returned a {type(model).__name__}, not an nn.Module")
+    return model.to(device=device, dtype=dtype)
+
+
+def _place(config: DictConfig) -> tuple[torch.device, torch.dtype]:
+    name = config.trainer.device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"trainer.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device, getattr(torch, config.trainer.dtype)
+
+
+def _check_vocabulary(where: str, model: nn.Module, vocab_size: int | None) -> None:
+    for part in (model, getattr(model, "decoder", None)):
+        embeddings = part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else None
+        if vocab_size is not None and isinstance(embeddings, nn.Embedding) and embeddings.num_embeddings < vocab_size:
+            raise ConfigError(
+                f"{where}: its vocabulary of {embeddings.num_embeddings} does not hold the data's {vocab_size} tokens; "
+                "write vocab_size=${facts.vocab_size}, or give the data set this model's tokenizer"
+            )
+
+
+def build_meta_params(config: DictConfig) -> AnyMetaParameters:
+    """Return what is learned: one module, or a mapping where the config names several."""
+    node = config.meta_params
+    nodes = {"": node} if "_target_" in node else dict(node)
+    modules = {}
+    with seeded(derived_seed(config.trainer.seed, _META_PARAMS)):
+        for name, part in nodes.items():
+            where = f"meta_params.{name}".rstrip(".")
+            modules[name] = _model(where, _factory(where, part), *_place(config))
+    return modules.get("", modules)
+
+
+def build_objective(config: DictConfig) -> Callable[..., Any]:
+    """Return the meta-objective."""
+    return _call("objective", _factory("objective", config.objective))
+
+
+def build_meta_optimizer(config: DictConfig, meta_params: AnyMetaParameters) -> torch.optim.Optimizer | None:
+    """Return the optimizer of the meta-parameters, or None when there is nothing to learn."""
+    learned = list(named_tensors(meta_params).values())
+    factory = _factory("meta_optimizer", config.meta_optimizer)
+    return _call("meta_optimizer", factory, learned) if learned else None
+
+
+def build_selection(config: DictConfig, bundle: DataBundle) -> Selection:
+    """Return how the run looks at the selection stream: the last stage of the chain is scored."""
+    trainer = config.trainer
+    return Selection(
+        list(bundle.selection),
+        stage=config.chain[-1],
+        score=bundle.score,
+        metric=bundle.selection_metric,
+        every=trainer.select_every or max(trainer.meta_steps, 1),
+        patience=trainer.patience,
+    )
+
+
+# --- calling a target -------------------------------------------------------------------------------------------
+
+
+def _factory(where: str, node: DictConfig) -> Callable[..., Any]:
+    """Return a plain partial of a `_target_`, its nested targets built; Hydra's own costs 100 µs at every call."""
+    deferred = _call(where, functools.partial(instantiate, node, _partial_=True, _convert_="all"))
+    return functools.partial(deferred.func, *deferred.args, **deferred.keywords)
+
+
+def _call(where: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a factory; whatever it raises becomes one message that says which part of the config it comes from."""
+    try:
+        return factory(*args, **kwargs)
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, MetaoptError):
+            raise ConfigError(f"{where}: {cause}") from error
+        frame = traceback.extract_tb(cause.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise ConfigError(f"{where}: {type(cause).__name__} at {place}: {cause}") from error
+
+
+def same_for_all(meta_params: AnyMetaParameters, weights: nn.Module) -> AnyMetaParameters:
+    """Return `weights` in the place of every meta-parameter module."""
+    named: Mapping[str, nn.Module] = as_named(meta_params)
+    return weights if "" in named else dict.fromkeys(named, weights)
+
+
+def stage_steps(config: DictConfig, meta_steps: int) -> dict[str, int]:
+    """Return the plain training steps of each stage in the final comparison."""
+    names: Sequence[str] = config.chain
+    given = config.final.num_steps
+    taken = {name: config.stages[name].warmup_steps + meta_steps * config.stages[name].num_steps for name in names}
+    return taken if given is None else dict.fromkeys(names, given)

@@ -1,0 +1,174 @@
+"""The composed config made ready: shared parts given to the stages, facts of the data filled in, all errors at once."""
+
+from __future__ import annotations
+
+import copy
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metaopt.errors import ConfigError, did_you_mean
+from metaopt.schema import Raw, problems_of, value_at
+
+SHARED = "_shared_"
+SHARED_PARTS = ("model", "optimizer", "estimator", "loss", "handover")
+FACT = re.compile(r"\$\{facts\.([^}]*)\}")
+
+
+def prepare(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the config with every stage's parts filled in and the limits applied.
+
+    Args:
+        config: as Hydra composed it.
+        overrides: what was written on the command line, such as `optimizer.lr=0.1`.
+
+    Raises:
+        ConfigError: lists everything that is wrong with it.
+    """
+    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    reference = raw.pop("reference", {})
+    if not isinstance(raw.get("stages"), Mapping) or not isinstance(raw.get("chain"), list):
+        raise ConfigError("the config needs `chain`, a list of names, and `stages`, a mapping from name to stage")
+    problems = list(_unreached(raw, reference, overrides))
+    shared_nodes = _fill_in_shared_parts(raw)
+    _apply_limits(raw)
+    filled = OmegaConf.create(raw)
+    plain, unresolved = _resolved(raw, filled)
+    problems += [*unresolved, *problems_of(plain, shared_nodes)]
+    _raise_if_any(problems)
+    return filled
+
+
+def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
+    """Return the config with what the data say about themselves, so that `${facts.vocab_size}` resolves.
+
+    Raises:
+        ConfigError: lists every fact that the config asks for and the data do not give.
+    """
+    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    known = {name: value for name, value in facts.items() if value is not None}
+    unused = set(SHARED_PARTS) | {"facts"}
+    asked = ((path, fact) for path, text in _texts(raw) for fact in FACT.findall(text))
+    _raise_if_any(
+        [
+            f"{path} asks for facts.{fact}, which this data set does not give{did_you_mean(fact, known)}; "
+            "choose an option that fits the data, or let the data set give it"
+            for path, fact in asked
+            if path.split(".")[0] not in unused and fact not in known
+        ]
+    )
+    raw["facts"] = known
+    filled = OmegaConf.create(raw, flags={"allow_objects": True})
+    plain, unresolved = _resolved(raw, filled)
+    _raise_if_any([*unresolved, *problems_of(plain, {})])
+    return filled
+
+
+def _raise_if_any(problems: Sequence[str]) -> None:
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        raise ConfigError(f"the config cannot be used: {problems[0]}")
+    if problems:
+        raise ConfigError(f"the config has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+# --- shared parts -----------------------------------------------------------------------------------------------
+
+
+def _fill_in_shared_parts(raw: Raw) -> dict[str, str]:
+    """Put the shared parts under the stages' own values; return node path → shared path where nothing is its own."""
+    untouched = {}
+    for name, stage in raw["stages"].items():
+        for part, node in (stage or {}).items():
+            if not isinstance(node, Mapping) or SHARED not in node:
+                continue
+            own = dict(node)
+            source = own.pop(SHARED)
+            if not own:
+                untouched[f"stages.{name}.{part}"] = source
+                own = copy.deepcopy(value_at(raw, source))
+            elif "_target_" not in own:  # a target of its own takes no argument from another one's
+                own = _merged(value_at(raw, source), own)
+            stage[part] = own
+    return untouched
+
+
+def _merged(under: Any, over: Any) -> Any:
+    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
+        return copy.deepcopy(over)
+    return {**copy.deepcopy(dict(under)), **{key: _merged(under.get(key), value) for key, value in over.items()}}
+
+
+def _unreached(raw: Raw, reference: Raw, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield each change of a shared part that no stage takes."""
+    taken = {
+        node[SHARED].split(".")[0]
+        for stage in raw["stages"].values()
+        for node in (stage or {}).values()
+        if isinstance(node, Mapping) and SHARED in node
+    }
+    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
+    for part in SHARED_PARTS:
+        if part in taken:
+            continue
+        written = [key for key in keys if key == part or key.startswith(f"{part}.")]
+        for key in dict.fromkeys([*written, *_changes(reference.get(part), raw.get(part), part)]):
+            group = f"{part}@stages.{{stage}}" + ("" if part == "handover" else f".{part}")
+            spelling = group if key == part else f"stages.{{stage}}.{key.removeprefix('handover.')}"
+            right = " or ".join(spelling.format(stage=stage) + "=..." for stage in raw["chain"])
+            yield f"{key} reaches no stage, since none of them takes the shared {part}; write {right}"
+
+
+def _changes(before: Any, after: Any, path: str) -> Iterator[str]:
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        if before != after:
+            yield path
+        return
+    for key in [*before, *(key for key in after if key not in before)]:
+        yield from _changes(before.get(key), after.get(key), f"{path}.{key}")
+
+
+def _apply_limits(raw: Raw) -> None:
+    limit = value_at(raw, "limits.num_steps")
+    if not isinstance(limit, int) or limit < 1:
+        return
+    for stage in raw["stages"].values():
+        for key in ("num_steps", "warmup_steps"):
+            if isinstance(stage.get(key), int):
+                stage[key] = min(stage[key], limit)
+
+
+# --- interpolations ---------------------------------------------------------------------------------------------
+
+
+def _resolved(raw: Raw, config: DictConfig) -> tuple[Raw, list[str]]:
+    """Return the config as plain containers, all interpolations but those of facts resolved, and what cannot be."""
+    problems: list[str] = []
+
+    def resolve(node: Any, parent: Any, key: Any, path: str) -> Any:
+        if isinstance(node, Mapping):
+            return {k: resolve(v, parent[key], k, f"{path}.{k}") for k, v in node.items()}
+        if isinstance(node, list):
+            return [resolve(v, parent[key], i, f"{path}.{i}") for i, v in enumerate(node)]
+        if not isinstance(node, str) or "${" not in node or (FACT.search(node) and not config.get("facts")):
+            return node
+        try:
+            value = parent[key]
+        except OmegaConfBaseException as error:
+            problems.append(f"{path} = {node}: {str(error).splitlines()[0]}")
+            return node
+        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+    return {key: resolve(value, config, key, key) for key, value in raw.items()}, problems
+
+
+def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    pairs = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in pairs:
+        yield from _texts(value, f"{path}.{key}" if path else str(key))
+    if isinstance(node, str):
+        yield path, node

@@ -1,0 +1,124 @@
+"""A pipeline from a forum: M1 trained with losses scaled by A, M2 on what M1 makes, A by M2's validation loss.
+
+Its author asked how to multiply `dL3/dW · d²L2/dW dWo · d²L1/dWo dA`, met shapes that do not fit, a `no_grad` update
+that cut the graph and an `argmax`, and ended with a finite difference. Here the same tensors and loss expressions
+are a chain of two stages, and one backward gives the gradient.
+
+What had to be changed: the attention masks are ones (all zeros mask every position); dropout is off (the author's
+models were in eval mode); the models are small and from a config (no download), unless `model=` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.data.bundle import DataBundle
+from metaopt.functional import FunctionalModel
+from metaopt.losses import FromUpstream, InnerLoss, Upstream
+from metaopt.meta_params import AnyMetaParameters, MetaParameters
+from metaopt.objectives import MetaObjective, Trained
+
+VOCABULARY = 32
+
+
+def data() -> DataBundle:
+    """Return the author's toy tensors: one batch of two examples, the same in every stream."""
+    ones = torch.ones(2, 2, dtype=torch.long)
+    batch = {
+        "input_ids": torch.tensor([[1, 2], [3, 4]]),
+        "attention_mask": ones,
+        "decoder_input_ids": torch.tensor([[3, 1], [4, 2]]),
+        "decoder_attention_mask": ones,
+        "index": torch.arange(2),
+    }
+    facts = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_length": 8}
+    streams = ("train", "unlabelled", "validation", "selection", "test")
+    return DataBundle(
+        **{name: [batch] for name in streams},
+        sizes=dict.fromkeys(streams, 2),
+        facts={**facts, "max_target_length": 8, "num_examples": 2},
+    )
+
+
+def score(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the author's loss of each example [B]: `Σ log_softmax(z) − Σ y`; the second term moves no gradient."""
+    return torch.log_softmax(logits, dim=2).sum((1, 2)) - target.sum(1)
+
+
+def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the models receive."""
+    return {name: value for name, value in batch.items() if name != "index"}
+
+
+class GlobalScale(MetaParameters):
+    """A as the author has it: `A = rand(2)`, and the whole loss is multiplied by each entry and summed.
+
+    Every entry scales the same loss, so all entries of its hypergradient agree: together they are one number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.rand(2))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Return `Σ_k A_k · Σ_i ℓ_i`, a scalar."""
+        return (losses.sum() * self.A).sum()
+
+
+class ExampleScale(MetaParameters):
+    """One entry of A per example: `Σ_i A_i ℓ_i`; the entries of its hypergradient differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.rand(2))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Return `Σ_i A_i ℓ_i`, a scalar."""
+        return (losses * self.A).sum()
+
+
+class Step1(InnerLoss):
+    """M1's loss: the author's expression, scaled by A."""
+
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        assert isinstance(meta_params, nn.Module)
+        losses = score(model(**inputs(batch)).logits, batch["decoder_input_ids"])
+        return meta_params(losses)
+
+
+class Step2(FromUpstream):
+    """M2's loss: it is fed M1's last decoder hidden states, and its target is M1's argmax.
+
+    The argmax carries no gradient; here it only shifts the loss by a constant, so nothing is lost. The path to A runs
+    through the hidden states.
+    """
+
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        tokens = batch["input_ids"]
+        made = self.teacher(upstream)(input_ids=tokens, decoder_input_ids=tokens, output_hidden_states=True)
+        labels = made.logits.argmax(dim=2)
+        output = model(input_ids=tokens, decoder_inputs_embeds=made.decoder_hidden_states[-1])
+        return score(output.logits, labels).sum()
+
+
+class Step3(MetaObjective):
+    """A's loss: the author's expression on validation data, by the trained M2.
+
+    Args:
+        stage: M2's name.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.reads = (stage,)
+
+    def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
+        return score(trained[self.stage](**inputs(batch)).logits, batch["decoder_input_ids"]).sum()

@@ -1,0 +1,158 @@
+"""What a run shows at its end: weights as bars, answers side by side, metrics, and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+BAR = 30  # characters of the longest bar
+GOOD, BAD, PLAIN = "#2a9d8f", "#e76f51", "#457b9d"
+
+
+def print_check(console: Console, check: Any) -> None:
+    """Show the first hypergradient beside its central difference."""
+    table = Table(title="hypergradient of the first meta-step, in float64", title_justify="left")
+    table.add_column("meta-parameter")
+    for column in ("direction", "hypergradient", "central difference", "relative error"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for row in check.rows:
+        style = {"agrees": "green", "undecided": "yellow"}.get(row.verdict, "bold red")
+        cells = (row.direction, f"{row.hypergradient:+.6e}", f"{row.difference:+.6e}", f"{row.error:.1e}")
+        table.add_row(row.meta_param, *cells, Text(row.verdict, style=style))
+    console.print(table)
+    for remark in check.remarks:
+        console.print(remark)
+
+
+def print_source_weights(console: Console, weights: Tensor, names: Sequence[str], good: Tensor | None) -> None:
+    """Show the learned weight of each source as a bar, good and bad ones marked."""
+    share = weights / weights.sum()
+    table = Table(title="learned weight of each source (share of all weight)", title_justify="left", box=None)
+    table.add_column("source")
+    table.add_column("")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    for i, value in enumerate(share.tolist()):
+        known = None if good is None else bool(good[i])
+        style = PLAIN if known is None else GOOD if known else BAD
+        mark = "" if known is None else "✓ good" if known else "✗ bad"
+        bar = "█" * max(1, round(BAR * value / float(share.max())))
+        name = names[i] if i < len(names) else str(i)
+        table.add_row(name, Text(bar, style=style), f"{value:6.1%}", Text(mark, style=style))
+    console.print(table)
+
+
+def print_example_weights(console: Console, weights: Tensor, is_clean: Tensor | None) -> None:
+    """Show the distribution of the learned example weights, of clean and corrupted examples apart."""
+    table = Table(title="learned example weights", title_justify="left", box=None)
+    for column in ("", "examples", "lowest", "median", "highest"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    parts = (
+        [("all", weights)] if is_clean is None else [("clean", weights[is_clean]), ("corrupted", weights[~is_clean])]
+    )
+    for name, part in parts:
+        if len(part):
+            numbers = (part.min(), part.median(), part.max())
+            style = {"clean": GOOD, "corrupted": BAD}.get(name, PLAIN)
+            table.add_row(Text(name, style=style), str(len(part)), *(f"{float(n):.3f}" for n in numbers))
+    console.print(table)
+
+
+def print_answers(console: Console, answers: Mapping[str, Sequence[tuple[str, str, str]]]) -> None:
+    """Show a few inputs as written, the right answer, and what each training answers.
+
+    Args:
+        answers: training → rows of (input, right answer, the model's answer), the same inputs in each.
+    """
+    trainings = list(answers)
+    if not trainings or not answers[trainings[0]]:
+        return
+    table = Table(title="test examples", title_justify="left")
+    for column in ("as written", "right", *trainings):
+        table.add_column(column)
+    for rows in zip(*answers.values(), strict=True):
+        written, right, _ = rows[0]
+        cells = [Text(row[2], style="green" if row[2] == right else "red") for row in rows]
+        table.add_row(written, right, *cells)
+    console.print(table)
+
+
+def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], steps: str) -> None:
+    """Show the test metrics of each training."""
+    if not scores:
+        return
+    metrics = list(next(iter(scores.values())))
+    table = Table(title=f"test, after training fresh models ({steps})", title_justify="left")
+    table.add_column("weights")
+    for metric in metrics:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for name, values in scores.items():
+        table.add_row(name, *(f"{values[metric]:.3f}" for metric in metrics))
+    console.print(table)
+
+
+def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw meta-loss and inner losses over the meta-steps."""
+    figure, axes = _figure(6.4, 3.6)
+    steps = [record["meta_step"] for record in records]
+    for key in (k for k in records[0] if k.startswith("inner_loss/")):
+        label = f"inner loss, {key.removeprefix('inner_loss/')}"
+        axes.plot(steps, [record[key] for record in records], linewidth=0.8, alpha=0.6, label=label)
+    axes.plot(steps, [record["meta_loss"] for record in records], color="black", linewidth=1.4, label="meta-loss")
+    axes.set(xlabel="meta-step", ylabel="loss (nats)", title="Meta-loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_source_weights(weights: Tensor, names: Sequence[str], good: Tensor | None, path: Path) -> None:
+    """Draw each source's share of the weight."""
+    figure, axes = _figure(6.4, 3.6)
+    share = (weights / weights.sum()).tolist()
+    labels = [names[i] if i < len(names) else str(i) for i in range(len(share))]
+    colours = [PLAIN if good is None else GOOD if bool(good[i]) else BAD for i in range(len(share))]
+    axes.barh(labels, share, color=colours)
+    axes.axvline(1 / len(share), color="grey", linewidth=0.8, linestyle=":")
+    axes.text(1 / len(share), len(share) - 0.4, " uniform", color="grey", fontsize=8, va="bottom")
+    axes.invert_yaxis()
+    axes.set(xlabel="share of all weight", title="Learned weight of each source")
+    if good is not None:
+        for label, mark in zip(axes.get_yticklabels(), good.tolist(), strict=True):
+            label.set_color(GOOD if mark else BAD)
+    _save(figure, path)
+
+
+def plot_example_weights(weights: Tensor, is_clean: Tensor | None, path: Path) -> None:
+    """Draw histograms of the example weights, clean and corrupted apart."""
+    figure, axes = _figure(6.4, 3.6)
+    bins = torch.linspace(float(weights.min()), float(weights.max()) + 1e-9, 41).tolist()
+    if is_clean is None:
+        axes.hist(weights.numpy(), bins=bins, color=PLAIN)
+    else:
+        axes.hist(weights[is_clean].numpy(), bins=bins, color=GOOD, alpha=0.7, label="clean")
+        axes.hist(weights[~is_clean].numpy(), bins=bins, color=BAD, alpha=0.7, label="corrupted")
+        axes.legend(frameon=False)
+    axes.set(xlabel="learned weight", ylabel="training examples", title="Learned example weights")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

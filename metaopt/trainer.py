@@ -1,0 +1,224 @@
+"""The outer loop: unroll, meta-loss, backward, meta-optimizer step, commit or reset, log."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metaopt.chain import Chain, TrainedChain
+from metaopt.data.streams import BatchStream
+from metaopt.diagnostics import backward
+from metaopt.errors import ConfigError, NonFiniteError, did_you_mean
+from metaopt.losses import require_scalar
+from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
+from metaopt.objectives import MetaObjective
+from metaopt.random_state import draw_seed
+
+Carry = str | int  # "always", "never", or N: start anew after every N meta-steps
+Score = Callable[[Any, Iterable[Any]], Mapping[str, float]]
+Observer = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class MetaResult:
+    """What a run of the outer loop ended with.
+
+    `score` is the selection metric at the best look (a loss where there is no metric), `best_step` its meta-step.
+    """
+
+    meta_steps: int
+    meta_loss: float
+    score: float | None
+    best_step: int | None
+    seconds: float
+    stopped_early: bool
+
+
+@dataclass
+class Selection:
+    """Which stage is looked at on the selection stream, how often, and when to stop.
+
+    Args:
+        batches: of the selection stream: neither trained on nor seen by the meta-parameters.
+        stage: name of the stage to look at.
+        score: (model, batches) → metrics by name; None for the meta-objective itself, minimised.
+        metric: the metric to maximise.
+        every: meta-steps between two looks.
+        patience: looks without improvement until the run stops; None for never.
+    """
+
+    batches: Sequence[Any]
+    stage: str
+    score: Score | None = None
+    metric: str | None = None
+    every: int = 10
+    patience: int | None = None
+
+
+class MetaTrainer:
+    """The outer loop over a chain.
+
+    Args:
+        chain: what is unrolled at each meta-step.
+        objective: what the meta-parameters minimise.
+        meta_params: one module or a named mapping; without anything to learn, the same inner steps run and no
+            meta-step is taken.
+        meta_optimizer: over the meta-parameters; None when there is nothing to learn.
+        validation: batches of the meta-loss: a sequence or re-iterable, cycled.
+        carry: stage name → `always` (carry on from the trained weights), `never` (start each meta-step from the
+            initial weights), or N (start anew after every N meta-steps); `always` where it is not given.
+        selection: early stopping and the best meta-parameters; None for none.
+        observers: called with each meta-step's record.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        objective: MetaObjective | Callable[..., Tensor],
+        meta_params: AnyMetaParameters,
+        meta_optimizer: Optimizer | None,
+        validation: Iterable[Any],
+        *,
+        carry: Mapping[str, Carry] | None = None,
+        selection: Selection | None = None,
+        observers: Sequence[Observer] = (),
+        seed: int | None = None,
+    ) -> None:
+        self.chain, self.objective, self.meta_params = chain, objective, meta_params
+        self.meta_optimizer, self.selection, self.observers = meta_optimizer, selection, tuple(observers)
+        self.validation = BatchStream(validation, draw_seed() if seed is None else seed)
+        self.carry = _checked_carry(carry or {}, chain)
+        for read in getattr(objective, "reads", ()):
+            if read not in chain.stages:
+                raise ConfigError(
+                    f"{type(objective).__name__} reads stage {read!r}, which the chain does not have"
+                    f"{did_you_mean(read, chain.stages)}"
+                )
+        if named_tensors(meta_params) and meta_optimizer is None:
+            raise ConfigError("MetaTrainer: there are meta-parameters to learn, and no meta_optimizer to move them")
+        self.step = 0
+        self._best: dict[str, Any] = {"score": None, "step": None, "meta_params": None, "looks_since": 0}
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn."""
+        return bool(named_tensors(self.meta_params))
+
+    def next_batch(self) -> Any:
+        """Return the validation batch of the next meta-step; the stream stays where it is."""
+        return self.chain.move(self.validation.peek(1)[0])
+
+    def fit(self, meta_steps: int) -> MetaResult:
+        """Take meta-steps until `meta_steps` are done in all, or selection stops the run.
+
+        Afterwards the meta-parameters are those of the best look at the selection stream, if there was one.
+        """
+        start, meta_loss, stopped = time.perf_counter(), float("nan"), False
+        while self.step < meta_steps and not stopped:
+            began = time.perf_counter()
+            trained, record = self.meta_step()
+            meta_loss = record["meta_loss"]
+            if self.selection is not None and (self.step % self.selection.every == 0 or self.step == meta_steps):
+                record |= self._look(trained)
+                patience = self.selection.patience
+                stopped = patience is not None and self._best["looks_since"] >= patience
+            record["seconds"] = time.perf_counter() - began
+            for observe in self.observers:
+                observe(record)
+        self._restore_best()
+        best = self._best
+        return MetaResult(self.step, meta_loss, best["score"], best["step"], time.perf_counter() - start, stopped)
+
+    def meta_step(self) -> tuple[TrainedChain, dict[str, Any]]:
+        """Take one meta-step, and return the trained models with the record of the step.
+
+        Raises:
+            NonFiniteError, MissingPathError: before the meta-parameters move.
+        """
+        trained = self.chain.unroll(self.meta_params)
+        meta_loss = self.objective(trained, self.next_batch(), self.meta_params)
+        meta_loss = require_scalar(meta_loss, f"the meta-objective {type(self.objective).__name__}", needs_graph=False)
+        record = {"meta_step": self.step + 1, "meta_loss": meta_loss.item()}
+        if self.learns and self.meta_optimizer is not None:
+            self.meta_optimizer.zero_grad()
+            grads = backward(meta_loss, self.meta_params)
+            self.meta_optimizer.step()
+            record["hypergradient_norm"] = torch.cat([g.flatten() for g in grads.values()]).norm().item()
+        elif not bool(meta_loss.detach().isfinite()):
+            raise NonFiniteError(f"the meta-loss is {meta_loss.item()}; lower the inner learning rate")
+        record |= {f"inner_loss/{name}": losses[-1].item() for name, losses in trained.losses.items()}
+        self.validation.advance(1)
+        self.step += 1
+        self.chain.commit(trained)
+        self.chain.reset([name for name, period in self.carry.items() if period and self.step % period == 0])
+        return trained, record
+
+    def _look(self, trained: TrainedChain) -> dict[str, float]:
+        """Score the trained stage on the selection stream, and keep the meta-parameters if they are the best yet."""
+        assert self.selection is not None
+        metrics, score, better = self._score(self.selection, trained)
+        if better:
+            kept = {name: copy.deepcopy(m.state_dict()) for name, m in as_named(self.meta_params).items()}
+            self._best = {"score": score, "step": self.step, "meta_params": kept, "looks_since": 0}
+        else:
+            self._best["looks_since"] += 1
+        return {f"selection/{name}": value for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def _score(self, selection: Selection, trained: TrainedChain) -> tuple[Mapping[str, float], float, bool]:
+        batches = [self.chain.move(batch) for batch in selection.batches]
+        best = self._best["score"]
+        if selection.score is None or selection.metric is None:
+            losses = [float(self.objective(trained, batch, self.meta_params)) for batch in batches]
+            loss = sum(losses) / len(losses)
+            return {"loss": loss}, loss, best is None or loss < best
+        metrics = selection.score(trained[selection.stage], batches)
+        if selection.metric not in metrics:
+            raise ConfigError(f"selection: no metric {selection.metric!r}{did_you_mean(selection.metric, metrics)}")
+        score = metrics[selection.metric]
+        return metrics, score, best is None or score > best
+
+    def _restore_best(self) -> None:
+        if self._best["meta_params"] is not None:
+            for name, module in as_named(self.meta_params).items():
+                module.load_state_dict(self._best["meta_params"][name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on."""
+        return {
+            "step": self.step,
+            "chain": self.chain.state_dict(),
+            "meta_params": {name: m.state_dict() for name, m in as_named(self.meta_params).items()},
+            "meta_optimizer": None if self.meta_optimizer is None else self.meta_optimizer.state_dict(),
+            "validation": self.validation.state_dict(),
+            "best": copy.deepcopy(self._best),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; the run goes on bit for bit."""
+        self.chain.load_state_dict(state["chain"])
+        for name, module in as_named(self.meta_params).items():
+            module.load_state_dict(state["meta_params"][name])
+        if self.meta_optimizer is not None:
+            self.meta_optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
+        self.validation.load_state_dict(state["validation"])
+        self.step, self._best = state["step"], copy.deepcopy(state["best"])
+
+
+def _checked_carry(carry: Mapping[str, Carry], chain: Chain) -> dict[str, int]:
+    """Return stage name → period of resets, 0 for never."""
+    periods = {}
+    for name, value in carry.items():
+        if name not in chain.stages:
+            raise ConfigError(f"carry: no stage {name!r}{did_you_mean(name, chain.stages)}")
+        if value not in ("always", "never") and not (isinstance(value, int) and value >= 1):
+            raise ConfigError(f"carry: {value!r} of stage {name!r} must be always, never, or a whole number ≥ 1")
+        periods[name] = {"always": 0, "never": 1}.get(value, value) if isinstance(value, str) else value
+    return periods
