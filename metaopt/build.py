@@ -24,10 +24,10 @@ from metaopt.losses import FromUpstream
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.random_state import derived_seed, seeded
 from metaopt.stage import Stage
-from metaopt.trainer import Selection
+from metaopt.trainer import MetaTrainer, Selection
 
 STREAMS = ("train", "unlabelled", "validation", "selection", "test")
-_META_PARAMS = 1  # what a seed is derived for, beside the stages
+_META_PARAMS, _VALIDATION = 1, 2  # what a seed is derived for, beside the stages
 
 
 def build_data(config: DictConfig) -> DataBundle:
@@ -127,16 +127,35 @@ def build_meta_optimizer(config: DictConfig, meta_params: AnyMetaParameters) -> 
     return _call("meta_optimizer", factory, learned) if learned else None
 
 
-def build_selection(config: DictConfig, bundle: DataBundle) -> Selection:
-    """Return how the run looks at the selection stream: the last stage of the chain is scored."""
+def build_trainer(
+    config: DictConfig,
+    bundle: DataBundle,
+    chain: Chain,
+    objective: Callable[..., Any],
+    meta_params: AnyMetaParameters,
+    meta_optimizer: torch.optim.Optimizer | None,
+    observers: Sequence[Callable[[dict[str, Any]], None]] = (),
+) -> MetaTrainer:
+    """Return the outer loop; the last stage of the chain is what is scored on the selection stream."""
     trainer = config.trainer
-    return Selection(
+    selection = Selection(
         list(bundle.selection),
         stage=config.chain[-1],
         score=bundle.score,
         metric=bundle.selection_metric,
         every=trainer.select_every or max(trainer.meta_steps, 1),
         patience=trainer.patience,
+    )
+    return MetaTrainer(
+        chain,
+        objective,
+        meta_params,
+        meta_optimizer,
+        bundle.validation,
+        carry={name: config.stages[name].get("carry", "always") for name in config.chain},
+        selection=selection,
+        observers=observers,
+        seed=derived_seed(trainer.seed, _VALIDATION),
     )
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metaopt.errors import ConfigError, did_you_mean
-from metaopt.schema import Raw, problems_of, value_at
+from metaopt.schema import SECTIONS, Raw, problems_of, value_at
 
 SHARED = "_shared_"
 SHARED_PARTS = ("model", "optimizer", "estimator", "loss", "handover")
@@ -52,20 +52,38 @@ def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
     raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
     known = {name: value for name, value in facts.items() if value is not None}
     unused = set(SHARED_PARTS) | {"facts"}
-    asked = ((path, fact) for path, text in _texts(raw) for fact in FACT.findall(text))
-    _raise_if_any(
-        [
-            f"{path} asks for facts.{fact}, which this data set does not give{did_you_mean(fact, known)}; "
-            "choose an option that fits the data, or let the data set give it"
-            for path, fact in asked
-            if path.split(".")[0] not in unused and fact not in known
-        ]
-    )
+    asked = [(path, fact) for path, text in _texts(raw) for fact in FACT.findall(text)]
+    missing = [f"{p} asks for facts.{f}" for p, f in asked if p.split(".")[0] not in unused and f not in known]
+    if missing:
+        gives = f"the data set gives only: {', '.join(known) or 'none'}"
+        _raise_if_any(
+            [*missing, f"{gives}; choose options that fit it (model, handover, meta_params), or let it give more"]
+        )
     raw["facts"] = known
     filled = OmegaConf.create(raw, flags={"allow_objects": True})
     plain, unresolved = _resolved(raw, filled)
     _raise_if_any([*unresolved, *problems_of(plain, {})])
     return filled
+
+
+def explained(error: Exception) -> str:
+    """Return the message of an error, and what an option that Hydra does not know may have meant."""
+    text = str(error)
+    unknown = re.match(r"(?:In '.*': )?Could not override '([\w.@/]+)'", text)
+    if unknown is None:
+        return text
+    section, _, option = unknown[1].rpartition(".")
+    schema = SECTIONS.get(re.sub(r"^stages\.\w+$", "stages.*", section))
+    near = did_you_mean(option, schema.__annotations__) if schema is not None else ""
+    return f"{text}\n{unknown[1]}: there is no such option{near}" if near else text
+
+
+def as_yaml(config: DictConfig) -> str:
+    """Return the config as text; facts that YAML cannot hold are left out."""
+    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    plain = (bool, int, float, str, list)
+    raw["facts"] = {name: fact for name, fact in (raw["facts"] or {}).items() if isinstance(fact, plain)}
+    return OmegaConf.to_yaml(OmegaConf.create(raw))
 
 
 def _raise_if_any(problems: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ class ModelStructure:
         self.module = module
         param_names = {id(p): name for name, p in module.named_parameters()}
         buffer_names = {id(b): name for name, b in module.named_buffers()}
+        self._recurrent = [submodule for submodule in module.modules() if isinstance(submodule, nn.RNNBase)]
         self._param_slots: list[Slot] = []
         self._buffer_slots: list[Slot] = []
         for submodule in module.modules():
@@ -53,31 +54,40 @@ class ModelStructure:
         return dict(self.module.named_buffers())
 
     @contextmanager
-    def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
-        """Lend the module these parameters and buffers, in train or eval mode, and restore it on leaving.
+    def swap(self, params: Mapping[str, Tensor], buffers: Tensors) -> Iterator[nn.Module]:
+        """Lend the module these parameters and buffers, and give it its own back on leaving.
 
         Buffers are moved in place by the module's own forward; one that is assigned anew is written to `buffers`.
-        Attention runs in the math kernel: the fused ones have no second derivative.
         """
-        slots = [(d, k, n, params) for d, k, n in self._param_slots]
-        slots += [(d, k, n, buffers) for d, k, n in self._buffer_slots]
-        kept = [tensors[key] for tensors, key, _, _ in slots]
-        modes = [(m, m.training) for m in self.module.modules()]
+        slots = [(tensors, key, params[name]) for tensors, key, name in self._param_slots]
+        slots += [(tensors, key, buffers[name]) for tensors, key, name in self._buffer_slots]
+        own = [tensors[key] for tensors, key, _ in slots]
         try:
-            for tensors, key, name, given in slots:
-                tensors[key] = given[name]
-            self.module.train(training)
-            with sdpa_kernel(SDPBackend.MATH):
-                yield self.module
+            for tensors, key, lent in slots:
+                tensors[key] = lent
+            yield self.module
         finally:
             for tensors, key, name in self._buffer_slots:
                 buffers[name] = tensors[key]
-            for (tensors, key, _, _), tensor in zip(slots, kept, strict=True):
+            for (tensors, key, _), tensor in zip(slots, own, strict=True):
                 tensors[key] = tensor
+            for submodule in self._recurrent:
+                submodule._init_flat_weights()  # they cache their weights in a list, which would keep the graph
+
+    @contextmanager
+    def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
+        """Lend the module these tensors, in train or eval mode, ready to be differentiated twice.
+
+        Attention runs in the math kernel: the fused ones have no second derivative.
+        """
+        modes = [(submodule, submodule.training) for submodule in self.module.modules()]
+        try:
+            with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH):
+                self.module.train(training)
+                yield self.module
+        finally:
             for submodule, mode in modes:
                 submodule.training = mode
-                if isinstance(submodule, nn.RNNBase):  # caches its weights in a list; the list would keep the graph
-                    submodule._init_flat_weights()
 
     def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
         """Run the module's forward with these parameters and buffers."""

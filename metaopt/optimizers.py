@@ -25,6 +25,7 @@ Tensors = dict[str, Tensor]
 State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of that parameter
 Overrides = Mapping[str, Any]  # hyperparameter → a value for all groups, or a list of one per group
 
+COUNTERS = ("step",)  # 0-dim state that all parameters of one age share; other state has the parameter's shape
 SUPPORTED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -33,14 +34,15 @@ class _Sqrt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # a path that is cut later on must stay None, not become zeros
         root = x.sqrt()
         ctx.save_for_backward(root)
         return root
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
         (root,) = ctx.saved_tensors
-        return torch.where(root == 0, 0.0, grads[0] / (2 * root))
+        return None if grads[0] is None else torch.where(root == 0, 0.0, grads[0] / (2 * root))
 
 
 class _StayInGraph(TorchFunctionMode):
@@ -176,7 +178,7 @@ class UpdateRule:
         group = {k: v for k, v in group.items() if k in hyperparameters}
         stepper = _shallow(self.optimizer, [{**group, "params": [param]}], differentiable=True)
         if state:
-            stepper.state[param] = {k: _stepped_on(v) for k, v in state.items()}
+            stepper.state[param] = {k: _stepped_on(k, v) for k, v in state.items()}
         with _StayInGraph():
             stepper.step()
         return param, dict(stepper.state[param])
@@ -194,7 +196,7 @@ class UpdateRule:
         groups = [{**g.hyperparameters, "params": [params[n] for n in g.names]} for g in self.groups]
         bound = _shallow(self.optimizer, groups)
         for name, entry in state.items():
-            bound.state[params[name]] = {k: _as_torch_keeps(v) for k, v in entry.items()}
+            bound.state[params[name]] = {k: _as_torch_keeps(k, v) for k, v in entry.items()}
         return bound
 
     def read(self, bound: Optimizer, params: Tensors) -> State:
@@ -205,7 +207,7 @@ class UpdateRule:
         """Put a trained state into the user's own optimizer."""
         for name, param in self._params.items():
             if name in state:
-                self.optimizer.state[param] = {k: _as_torch_keeps(v) for k, v in state[name].items()}
+                self.optimizer.state[param] = {k: _as_torch_keeps(k, v) for k, v in state[name].items()}
             elif name in self.names:
                 self.optimizer.state.pop(param, None)
 
@@ -291,22 +293,21 @@ class _Flat:
         self._sizes = [shape.numel() for shape in self._shapes]
 
     def join(self, tensors: Mapping[str, Any]) -> Tensor:
-        if len(self._names) == 1:
-            return tensors[self._names[0]]
-        return torch.cat([tensors[name].reshape(-1) for name in self._names])
+        parts = [tensors[name].reshape(-1) for name in self._names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, flat: Tensor) -> Tensors:
-        if len(self._names) == 1:
-            return {self._names[0]: flat}
         parts = zip(self._names, flat.split(self._sizes), self._shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in parts}
 
     def join_state(self, state: State) -> dict[str, Any]:
         first = state.get(self._names[0], {})
-        return {k: self.join({n: state[n][k] for n in self._names}) if _per_element(v) else v for k, v in first.items()}
+        return {
+            k: self.join({n: state[n][k] for n in self._names}) if _per_element(k, v) else v for k, v in first.items()
+        }
 
     def split_state(self, state: dict[str, Any]) -> State:
-        parts = {k: self.split(v) if _per_element(v) else dict.fromkeys(self._names, v) for k, v in state.items()}
+        parts = {k: self.split(v) if _per_element(k, v) else dict.fromkeys(self._names, v) for k, v in state.items()}
         return {name: {k: part[name] for k, part in parts.items()} for name in self._names}
 
 
@@ -315,32 +316,32 @@ def _buckets(names: Sequence[str], params: Tensors, state: State) -> Iterator[li
     found: dict[Any, list[str]] = defaultdict(list)
     for name in names:
         entry = state.get(name, {})
-        shared = tuple((k, None if _per_element(v) or v is None else float(v)) for k, v in entry.items())
+        shared = tuple((k, None if _per_element(k, v) or v is None else float(v)) for k, v in entry.items())
         found[params[name].dtype, params[name].device, shared].append(name)
     yield from found.values()
 
 
-def _per_element(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
+def _per_element(key: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and key not in COUNTERS
 
 
 def _private(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _stepped_on(value: Any) -> Any:
+def _stepped_on(key: str, value: Any) -> Any:
     """A copy that the step may change in place; counters in float64 (`.double()` of a float64 would alias)."""
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if value.dim() else value.clone().to(torch.float64)
+    return value.clone() if _per_element(key, value) else value.clone().to(torch.float64)
 
 
-def _as_torch_keeps(value: Any) -> Any:
-    """A detached copy in the dtype in which torch itself keeps its state (0-dim counters: the default dtype)."""
+def _as_torch_keeps(key: str, value: Any) -> Any:
+    """A detached copy; counters in the dtype in which torch itself keeps them, the default one."""
     if not isinstance(value, Tensor):
         return value
-    counter = value.dim() == 0 and value.is_floating_point()
-    return value.detach().clone().to(torch.get_default_dtype()) if counter else value.detach().clone()
+    copied = value.detach().clone()
+    return copied if _per_element(key, value) else copied.to(torch.get_default_dtype())
 
 
 def _shallow(optimizer: Optimizer, groups: list[dict[str, Any]], differentiable: bool = False) -> Optimizer:
@@ -364,7 +365,7 @@ def _learned_rate(rate: Any) -> tuple[Any, Tensor | None]:
     """Split a learning rate into the float that torch steps with, and the factor that carries its gradient."""
     if not isinstance(rate, Tensor):
         return rate, None
-    value = float(rate)
+    value = rate.item()
     if value == 0.0:  # the step of rate 1, scaled by η = 0: its slope is the step itself
         return 1.0, rate
     return value, (1 + (rate - rate.detach()) / value if rate.requires_grad else None)

@@ -101,6 +101,16 @@ class RunSchema:
     handover: Any = None
 
 
+SECTIONS: dict[str, type] = {
+    "": RunSchema,
+    "stages.*": StageSchema,
+    "trainer": TrainerSchema,
+    "final": FinalSchema,
+    "output": OutputSchema,
+    "limits": LimitsSchema,
+}
+
+
 def value_at(raw: Any, path: str) -> Any:
     """Return the value at a dotted path of plain containers, or None."""
     for key in path.split("."):
@@ -117,20 +127,21 @@ def problems_of(plain: Raw, untouched: Mapping[str, str]) -> Iterator[str]:
     """
     yield from _problems_of_section("", plain, RunSchema, untouched)
     chain, stages = plain["chain"], plain["stages"]
+    unknown = [name for name in chain if name not in stages]
+    for name in unknown:
+        yield f"chain names {name!r}, but stages has no such stage{did_you_mean(name, stages)}"
     if not chain or len(set(chain)) < len(chain):
         yield f"chain = {chain}: at least one stage is needed, and each name once"
-    for name in chain:
-        if name not in stages:
-            yield f"chain names {name!r}, but stages has no such stage{did_you_mean(name, stages)}"
+    elif not unknown:
+        yield from _problems_of_names(plain)
     for name, stage in stages.items():
-        if name not in chain:
+        if chain and not unknown and name not in chain:
             yield f"stages.{name} is not in chain = {chain}; add it there, or remove it with ~stage@stages.{name}"
         if not isinstance(stage, Mapping):
             yield f"stages.{name} is empty; write stage@stages.{name}=supervised, say"
         else:
             yield from _problems_of_section(f"stages.{name}", stage, StageSchema, untouched)
     yield from _problems_of_meta_params(plain.get("meta_params"))
-    yield from _problems_of_names(plain)
 
 
 def _problems_of_section(where: str, node: Any, schema: type, untouched: Mapping[str, str]) -> Iterator[str]:
@@ -187,7 +198,7 @@ def _problems_of_meta_params(node: Any) -> Iterator[str]:
 
 
 def _problems_of_names(plain: Raw) -> Iterator[str]:
-    """Yield stage names that metaopt's own losses, hand-overs and objectives ask for and the chain does not have."""
+    """Yield stage names that metaopt's own parts ask for and the chain does not have, and options at odds."""
     chain = [str(name) for name in plain["chain"]]
     for place, name in enumerate(chain):
         for part in ("loss", "generate"):
@@ -200,6 +211,9 @@ def _problems_of_names(plain: Raw) -> Iterator[str]:
     objective = plain.get("objective")
     if _is_ours(objective) and objective.get("stage") not in (None, "???", *chain):
         yield f"objective.stage = {objective['stage']!r}: no such stage{did_you_mean(objective['stage'], chain)}"
+    for name in chain:
+        if value_at(plain, f"stages.{name}.carry") == "never" and value_at(plain, f"stages.{name}.warmup_steps"):
+            yield f"stages.{name}.warmup_steps would be lost: with carry: never every meta-step starts afresh"
     if value_at(plain, "trainer.patience") is not None and value_at(plain, "trainer.select_every") is None:
         yield "trainer.patience needs trainer.select_every: it counts looks at the selection stream"
 

@@ -49,6 +49,9 @@ def problems_of_target(where: str, node: Any, supplied: int = 0, given: Collecti
     if not callable(called):
         yield f"{where}._target_ = {target}: a {type(called).__name__} cannot be called"
         return
+    if inspect.isabstract(called):
+        yield f"{where}._target_ = {target}: the class does not define {', '.join(sorted(called.__abstractmethods__))}"
+        return
     yield from _problems_of_arguments(where, target, called, node, supplied, given)
 
 

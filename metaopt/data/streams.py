@@ -37,9 +37,7 @@ class BatchStream:
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:
         if not isinstance(batches, Iterable):
-            raise ConfigError(
-                f"batches: a {type(batches).__name__} is not iterable; give a list or a DataLoader"
-            )
+            raise ConfigError(f"batches: a {type(batches).__name__} is not iterable; give a list or a DataLoader")
         if isinstance(batches, Iterator):
             raise ConfigError(
                 f"batches: a {type(batches).__name__} can be read only once, so it cannot be cycled or resumed; give "
@@ -48,9 +46,7 @@ class BatchStream:
         self._batches = batches
         self._seed = seed
         self._loader_generator: torch.Generator | None = getattr(batches, "generator", None)
-        self._generator_state = (
-            self._loader_generator.get_state() if self._loader_generator is not None else None
-        )
+        self._generator_state = self._loader_generator.get_state() if self._loader_generator is not None else None
         self._ahead: deque[tuple[_Place, Any]] = deque()
         self._open_epoch(0)
 
@@ -93,9 +89,7 @@ class BatchStream:
                 batch = next(self._iterator)
         except StopIteration:
             if position == 0:
-                raise ConfigError(
-                    "batches: there is not a single batch; check the data set and drop_last"
-                ) from None
+                raise ConfigError("batches: there is not a single batch; check the data set and drop_last") from None
             self._open_epoch(epoch + 1)
             return self._fetch()
         self._frontier = self._frontier._replace(position=position + 1)

@@ -1,0 +1,5 @@
+"""`python -m metaopt`."""
+
+from metaopt.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""What a run does around the outer loop: check, warm up, show, compare, save."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from metaopt import report
+from metaopt.build import same_for_all, stage_steps
+from metaopt.chain import TrainedChain
+from metaopt.check import check_hypergradient
+from metaopt.config import as_yaml
+from metaopt.data.bundle import DataBundle
+from metaopt.final import retrain, scored, weight_quality, weights_of
+from metaopt.meta_params import Uniform
+from metaopt.tracking import RunFolder, progress_bar
+from metaopt.trainer import MetaResult, MetaTrainer
+
+NUM_ANSWERS = 6
+NUM_PICTURED = 20
+
+
+class Run:
+    """One run: its folder, its console, and the parts that `begin` hands over.
+
+    A context: `result.json` says `complete` or `failed` when it is left.
+
+    Args:
+        config: the prepared config.
+        folder: where the run writes.
+    """
+
+    data: DataBundle
+    trainer: MetaTrainer
+
+    def __init__(self, config: DictConfig, folder: str | Path) -> None:
+        self.config = config
+        self.folder = RunFolder(Path(folder))
+        self.console = Console()
+        self.metrics: dict[str, float] = {}
+        self.scores: dict[str, dict[str, float]] = {}
+        self._fresh: dict[str, Any] = {}
+        self._advance: Any = None
+
+    def __enter__(self) -> Run:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        status = {"status": "complete"} if error is None else {"status": "failed", "error": str(error) or repr(error)}
+        more = {"test": self.scores} if self.scores else {}
+        seconds = time.perf_counter() - self._start
+        seed = self.config.trainer.seed
+        self.folder.write_result(seconds=seconds, seed=seed, metrics=self.metrics, **status, **more)
+
+    # --- before the outer loop ----------------------------------------------------------------------------------
+
+    def begin(self, data: DataBundle, trainer: MetaTrainer) -> None:
+        """Take the built parts, and keep the fresh chain's state for the comparison."""
+        self.data, self.trainer = data, trainer
+        self._fresh = copy.deepcopy(trainer.chain.state_dict())
+        (self.folder.path / "config.yaml").write_text(as_yaml(self.config))
+        sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
+        self.console.print(f"{self.trainer.chain!r}; examples: {sizes}; writing to {self.folder.path}")
+
+    def warm_up(self) -> None:
+        """Train each stage for its `warmup_steps`, by plain optimizers."""
+        steps = {name: self.config.stages[name].warmup_steps for name in self.config.chain}
+        if any(steps.values()):
+            self._train(self.trainer.meta_params, steps, "warm-up")
+
+    def check_first_step(self) -> None:
+        """Show the first hypergradient beside a central difference of the whole chain."""
+        trainer, config = self.trainer, self.config.trainer
+        if config.check_first_step and trainer.learns and config.meta_steps:
+            batch = trainer.next_batch()
+            check = check_hypergradient(trainer.chain, trainer.objective, batch, trainer.meta_params, seed=config.seed)
+            report.print_check(self.console, check)
+
+    # --- the outer loop -----------------------------------------------------------------------------------------
+
+    def learn(self) -> MetaResult:
+        """Take the meta-steps, with a progress bar."""
+        meta_steps = self.config.trainer.meta_steps
+        with progress_bar(self.console, "meta-steps", meta_steps) as self._advance:
+            result = self.trainer.fit(meta_steps)
+        if meta_steps:
+            self.metrics["meta_loss"] = result.meta_loss
+        quality = weight_quality(self.trainer.meta_params, self.data.good_sources, self.data.is_clean)
+        self.metrics.update(quality)
+        return result
+
+    def observe(self, record: Mapping[str, Any]) -> None:
+        """Log one meta-step, and move the bar."""
+        self.folder.log(record)
+        self._advance(f"meta-loss {record['meta_loss']:.4f}")
+
+    # --- after it -----------------------------------------------------------------------------------------------
+
+    def compare(self) -> None:
+        """Train fresh models with frozen weights (learned, uniform) and read the test stream, once each."""
+        trainer, data = self.trainer, self.data
+        if self.config.output.save_models:
+            self.folder.save_models(trainer.chain)
+        contestants = {"learned": trainer.meta_params, "uniform": same_for_all(trainer.meta_params, Uniform())}
+        steps = stage_steps(self.config, trainer.step)
+        names = [name for name in self.config.final.compare if trainer.learns or name == "uniform"]
+        answers = {}
+        for name in names:
+            trained = self._train(contestants[name], steps, f"fresh models, {name} weights", self._fresh)
+            self.scores[name] = self._scored(trained)
+            if data.answers is not None:
+                rows = data.answers(trained[self.config.chain[-1]], data.test, NUM_ANSWERS)
+                answers[name] = rows
+        if not names:
+            self.scores["trained"] = self._scored(trainer.chain.train(trainer.meta_params, num_steps=0))
+        self.metrics.update(next(iter(self.scores.values())))
+        self._show_weights()
+        report.print_answers(self.console, answers)
+        report.print_scores(self.console, self.scores, ", ".join(f"{n} {name} steps" for name, n in steps.items()))
+
+    def _train(
+        self, meta_params: Any, steps: Mapping[str, int], label: str, start: Mapping[str, Any] | None = None
+    ) -> TrainedChain:
+        chain = self.trainer.chain
+        start = copy.deepcopy(chain.state_dict() if start is None else start)
+        with progress_bar(self.console, label, sum(steps.values())) as advance:
+            return retrain(chain, start, meta_params, steps, lambda name, step, loss: advance(name))
+
+    def _scored(self, trained: TrainedChain) -> dict[str, float]:
+        if self.data.score is None:
+            return {}
+        return scored(self.trainer.chain, trained, self.config.chain[-1], self.data.score, self.data.test)
+
+    def _show_weights(self) -> None:
+        found = weights_of(self.trainer.meta_params) if self.trainer.learns else None
+        if found is None:
+            return
+        key, weights = found
+        if key == "source":
+            report.print_source_weights(self.console, weights, self.data.source_names, self.data.good_sources)
+        else:
+            report.print_example_weights(self.console, weights, self.data.is_clean)
+
+    def save(self) -> None:
+        """Write the meta-parameters and the plots."""
+        self.folder.save_meta_params(self.trainer.meta_params)
+        if not self.config.output.plots:
+            return
+        path, data = self.folder.path, self.data
+        if self.folder.records:
+            report.plot_meta_loss(self.folder.records, path / "meta_loss.png")
+        found = weights_of(self.trainer.meta_params) if self.trainer.learns else None
+        if found is not None and found[0] == "source":
+            report.plot_source_weights(found[1], data.source_names, data.good_sources, path / "weights.png")
+        elif found is not None:
+            report.plot_example_weights(found[1], data.is_clean, path / "weights.png")
+            lowest = torch.argsort(found[1])[:NUM_PICTURED].tolist()
+            if data.picture is not None:
+                data.picture(lowest, path / "lowest_weights.png", "Lowest learned weights")
