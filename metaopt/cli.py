@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from metaopt.config import explained, prepare, with_facts
 from metaopt.errors import MetaoptError
@@ -44,8 +45,9 @@ def train(config: DictConfig, folder: str) -> float:
 
 @hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="config")
 def _hydra_main(composed: DictConfig) -> float:
-    hydra_config = HydraConfig.get()
-    return train(prepare(composed, hydra_config.overrides.task), hydra_config.runtime.output_dir)
+    job = HydraConfig.get()
+    overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
+    return train(prepare(composed, cast(list[str], overrides)), job.runtime.output_dir)
 
 
 def main() -> None:

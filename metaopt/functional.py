@@ -268,14 +268,8 @@ def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[s
             fmodel._fast_params = []  # higher keeps every step's weights here until garbage collection
 
 
-def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
-    """Name the modules' own parameters that a loss reaches directly, past the differentiable copies.
-
-    Args:
-        loss: an inner loss whose parameters stand behind a boundary.
-        owners: `id(parameter)` → its name, for every parameter of every stage's own module.
-    """
-    found: list[str] = []
+def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the leaf tensors that require grad and that a loss reaches this side of the boundary."""
     seen: set[Any] = set()
     stack = [loss.grad_fn]
     while stack:
@@ -283,11 +277,19 @@ def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
         if node is None or node in seen or type(node).__name__ == "_BoundaryBackward":
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) in owners:
-            found.append(owners[id(leaf)])
+        if hasattr(node, "variable"):
+            yield node.variable  # pyright: ignore[reportAttributeAccessIssue]
         stack += [parent for parent, _ in node.next_functions]
-    return sorted(set(found))
+
+
+def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
+    """Name the modules' own parameters that a loss reaches directly, past the differentiable copies.
+
+    Args:
+        loss: an inner loss whose parameters stand behind a boundary.
+        owners: `id(parameter)` → its name, for every parameter of every stage's own module.
+    """
+    return sorted({owners[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in owners})
 
 
 def refuse_unsupported(module: nn.Module, stage: str) -> None:

@@ -171,27 +171,76 @@ class InnerLoop:
         on_step: Callable[[str, int, Tensor], None] | None = None,
     ) -> InnerResult:
         """Run the same steps with torch's own optimizer, keeping nothing: training as it is without metaopt."""
-        trained = {name: self.structure.params[name] for name in self.rule.names}
+        own = {name: self.structure.params[name] for name in self.rule.names}
         with torch.no_grad():
-            start = self.start(trained, meta_params, upstream)
-        params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
-        frozen, buffers = self.frozen(), self.start_buffers()
+            start = self.start(own, meta_params, upstream)
         detached = {name: model.detach() for name, model in upstream.items()}
-        optimizer = self.rule.bind(params, self.rule.initial_state())
+        steps = PlainSteps(self, start, self.rule.initial_state(), self.start_buffers(), meta_params, detached)
         losses = []
         for t in range(self.num_steps):
-            with torch.enable_grad():
-                loss, buffers = self.loss_at(t, {**frozen, **params}, buffers, meta_params, detached)
-                gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-            with torch.no_grad():
-                by_name = self.transformed(dict(zip(params, gradients, strict=True)))
-                overrides = self.hyperparameters(t, meta_params)
-            for name, param in params.items():
-                param.grad = by_name[name]
-            self.rule.set_hyperparameters(optimizer, overrides)
-            optimizer.step()
-            losses.append(loss.detach())
+            loss, gradients = steps.gradient(t)
+            steps.update(t, gradients)
+            losses.append(loss)
             if on_step is not None:
-                on_step(self.name, t, losses[-1])
-        final = {name: p.detach() for name, p in params.items()}
-        return self.finish(final, buffers, self.rule.read(optimizer, params), losses)
+                on_step(self.name, t, loss)
+        return self.finish(steps.weights(), steps.buffers, steps.state(), losses)
+
+
+class PlainSteps:
+    """Inner steps by torch's own optimizer, without a graph: the two halves, one call each.
+
+    Args:
+        loop: what to run.
+        params, state, buffers: where to start; copied.
+        meta_params, upstream: read, outside the graph.
+    """
+
+    def __init__(
+        self,
+        loop: InnerLoop,
+        params: Mapping[str, Tensor],
+        state: State,
+        buffers: Tensors,
+        meta_params: AnyMetaParameters,
+        upstream: Upstream,
+    ) -> None:
+        self.buffers = buffers
+        self._loop, self._meta_params, self._upstream = loop, meta_params, upstream
+        self._frozen = loop.frozen()
+        self._params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        self._optimizer = loop.rule.bind(self._params, state)
+
+    def gradient(
+        self, t: int, inspect: Callable[[Tensor, Tensors], None] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return the loss of step t, detached, and its raw gradient; buffers move on.
+
+        Args:
+            t: the step.
+            inspect: called with the loss in its graph and the weights that it may depend on.
+        """
+        params = {**self._frozen, **self._params}
+        with torch.enable_grad():
+            loss, self.buffers = self._loop.loss_at(t, params, self.buffers, self._meta_params, self._upstream)
+            if inspect is not None:
+                inspect(loss, self._params)
+            gradients = torch.autograd.grad(loss, list(self._params.values()), allow_unused=True)
+        return loss.detach(), dict(zip(self._params, gradients, strict=True))
+
+    @torch.no_grad()
+    def update(self, t: int, gradients: Mapping[str, Tensor | None]) -> None:
+        """Transform the raw gradient of step t, and let the optimizer step."""
+        transformed = self._loop.transformed(gradients)
+        for name, param in self._params.items():
+            param.grad = transformed[name]
+        self._loop.rule.set_hyperparameters(self._optimizer, self._loop.hyperparameters(t, self._meta_params))
+        self._optimizer.step()
+
+    def weights(self) -> Tensors:
+        """Return copies of the present weights."""
+        return {name: p.detach().clone() for name, p in self._params.items()}
+
+    def state(self) -> State:
+        """Return a copy of the present optimizer state."""
+        state = self._loop.rule.read(self._optimizer, self._params)
+        return {n: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, did_you_mean
+from metaopt.functional import ModelStructure
 
 PARAMETRISATIONS = ("softmax", "sigmoid")
 
@@ -143,6 +145,24 @@ def named_tensors(meta_params: AnyMetaParameters) -> dict[str, Tensor]:
         for name, tensor in module.named_parameters()
         if tensor.requires_grad
     }
+
+
+@contextmanager
+def rebound(meta_params: AnyMetaParameters, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let meta-parameters have other tensors inside the block, so that whoever reads them is in another graph.
+
+    Args:
+        meta_params: one module or a named mapping.
+        tensors: by the names of `named_tensors`.
+    """
+    with ExitStack() as stack:
+        for prefix, module in as_named(meta_params).items():
+            structure = ModelStructure(module)
+            given = {
+                n: tensors.get(".".join(part for part in (prefix, n) if part), p) for n, p in structure.params.items()
+            }
+            stack.enter_context(structure.swap(given, structure.buffers))
+        yield
 
 
 def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any:
