@@ -26,7 +26,6 @@ from metaopt.random_state import derived_seed, seeded
 from metaopt.stage import Stage
 from metaopt.trainer import MetaTrainer, Selection
 
-STREAMS = ("train", "unlabelled", "validation", "selection", "test")
 _META_PARAMS, _VALIDATION = 1, 2  # what a seed is derived for, beside the stages
 
 
@@ -39,7 +38,8 @@ def build_data(config: DictConfig) -> DataBundle:
             raise ConfigError(f"data: {config.data._target_} returned a {type(bundle).__name__}, not a DataBundle")
         if limit is None:
             return bundle
-        return replace(bundle, **{name: list(itertools.islice(getattr(bundle, name), limit)) for name in STREAMS})
+        cut = {name: list(itertools.islice(bundle.stream(name), limit)) for name in bundle.stream_names}
+        return replace(bundle, **cut)
 
 
 def build_chain(config: DictConfig, bundle: DataBundle) -> Chain:
@@ -52,7 +52,7 @@ def build_chain(config: DictConfig, bundle: DataBundle) -> Chain:
 
 
 def _stage(where: str, config: DictConfig, node: DictConfig, bundle: DataBundle, is_first: bool) -> Stage:
-    batches = getattr(bundle, node.data)
+    batches = _call(f"{where}.data", bundle.stream, node.data)
     if node.get("generate") is not None:
         batches = _call(f"{where}.generate", _factory(f"{where}.generate", node.generate), batches=batches)
     loss = _call(f"{where}.loss", _factory(f"{where}.loss", node.loss))
@@ -127,6 +127,22 @@ def build_meta_optimizer(config: DictConfig, meta_params: AnyMetaParameters) -> 
     return _call("meta_optimizer", factory, learned) if learned else None
 
 
+def build_selection(config: DictConfig, bundle: DataBundle) -> Selection | None:
+    """Return how the run looks at the selection stream (the last stage of the chain is scored), if there is one."""
+    if bundle.selection is None:
+        if config.trainer.patience is not None:
+            raise ConfigError("trainer.patience: this data set has no 'selection' stream to look at")
+        return None
+    return Selection(
+        list(bundle.selection),
+        stage=config.chain[-1],
+        score=bundle.score,
+        metric=bundle.selection_metric,
+        every=config.trainer.select_every or max(config.trainer.meta_steps, 1),
+        patience=config.trainer.patience,
+    )
+
+
 def build_trainer(
     config: DictConfig,
     bundle: DataBundle,
@@ -136,16 +152,7 @@ def build_trainer(
     meta_optimizer: torch.optim.Optimizer | None,
     observers: Sequence[Callable[[dict[str, Any]], None]] = (),
 ) -> MetaTrainer:
-    """Return the outer loop; the last stage of the chain is what is scored on the selection stream."""
-    trainer = config.trainer
-    selection = Selection(
-        list(bundle.selection),
-        stage=config.chain[-1],
-        score=bundle.score,
-        metric=bundle.selection_metric,
-        every=trainer.select_every or max(trainer.meta_steps, 1),
-        patience=trainer.patience,
-    )
+    """Return the outer loop."""
     return MetaTrainer(
         chain,
         objective,
@@ -153,9 +160,9 @@ def build_trainer(
         meta_optimizer,
         bundle.validation,
         carry={name: config.stages[name].get("carry", "always") for name in config.chain},
-        selection=selection,
+        selection=build_selection(config, bundle),
         observers=observers,
-        seed=derived_seed(trainer.seed, _VALIDATION),
+        seed=derived_seed(config.trainer.seed, _VALIDATION),
     )
 
 
@@ -191,7 +198,7 @@ def same_for_all(meta_params: AnyMetaParameters, weights: nn.Module) -> AnyMetaP
 
 def stage_steps(config: DictConfig, meta_steps: int) -> dict[str, int]:
     """Return the plain training steps of each stage in the final comparison."""
-    names: Sequence[str] = config.chain
+    names = [str(name) for name in config.chain]
     given = config.final.num_steps
     taken = {name: config.stages[name].warmup_steps + meta_steps * config.stages[name].num_steps for name in names}
     return taken if given is None else dict.fromkeys(names, given)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import ConfigError, StageError, did_you_mean
-from metaopt.functional import FunctionalModel
+from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerResult
-from metaopt.meta_params import AnyMetaParameters, as_named
+from metaopt.meta_params import AnyMetaParameters, named_tensors
 from metaopt.stage import Stage, move
 
 _CHUNK = 64  # steps of plain training between two looks ahead in the data
@@ -20,7 +20,7 @@ _CHUNK = 64  # steps of plain training between two looks ahead in the data
 class TrainedChain(Mapping[str, FunctionalModel]):
     """The outcome of one unroll: stage name → trained model, and what `commit` needs."""
 
-    def __init__(self, results: Mapping[str, InnerResult], version: int) -> None:
+    def __init__(self, results: Mapping[str, InnerResult], version: object) -> None:
         self.results = dict(results)
         self.version = version
 
@@ -70,7 +70,21 @@ class Chain:
                         )
             earlier.append(name)
         self.stages = dict(stages)
-        self._version = 0
+        self._refuse_shared_parameters()
+        self._version = object()  # of the chain's state; a new one whenever it moves
+
+    def _refuse_shared_parameters(self) -> None:
+        owner: dict[int, str] = {}
+        for name, stage in self.stages.items():
+            for param_name, param in stage.structure.params.items():
+                other = owner.setdefault(id(param), name)
+                if other != name:
+                    raise ConfigError(
+                        f"stages {other!r} and {name!r} share the parameter {param_name!r}, so committing one would "
+                        "overwrite the other; give each its own copy: copy.deepcopy(model). To start a stage from "
+                        "another's trained weights: Stage(..., initial=lambda meta_params, upstream: "
+                        f"upstream[{other!r}].params)"
+                    )
 
     def __repr__(self) -> str:
         return f"Chain({' → '.join(self.stages)})"
@@ -81,17 +95,16 @@ class Chain:
         Neither weights, optimizer state, batch streams nor random state are changed: the same call gives the same
         bits. Under `torch.no_grad()` it is a plain sweep of the same steps.
         """
-        as_named(meta_params)
-        owners = self._owners()
+        owners = self._owners_apart_from(meta_params)
         results: dict[str, InnerResult] = {}
-        models: dict[str, FunctionalModel] = {}
+        models = Models()
         for name, stage in self.stages.items():
             loop = stage.begin(name, models, owners)
             if torch.is_grad_enabled():
                 results[name] = stage.estimator.differentiate(loop, meta_params, models)
             else:
                 results[name] = loop.run_without_graph(meta_params, models)
-            models = {**models, name: results[name].model}
+            models = Models({**models, name: results[name].model})
         return TrainedChain(results, self._version)
 
     def commit(self, trained: TrainedChain, stages: Iterable[str] | None = None) -> None:
@@ -101,20 +114,20 @@ class Chain:
             trained: the outcome of the last `unroll`.
             stages: names; all if None. The others stay as they are.
         """
-        if trained.version != self._version:
+        if trained.version is not self._version:
             raise StageError(
                 "commit: this unroll started from a state that the chain has left (a commit, reset or train came "
-                "between); unroll again, or restore the state with chain.load_state_dict(...)"
+                "between), or from another chain; unroll again, or restore a state with chain.load_state_dict(...)"
             )
         for name in self._select(stages):
             self.stages[name].commit(trained.results[name])
-        self._version += 1
+        self._version = object()
 
     def reset(self, stages: Iterable[str] | None = None) -> None:
         """Restore (or, from a factory, draw anew) weights and optimizer state; streams and random state move on."""
         for name in self._select(stages):
             self.stages[name].reset()
-        self._version += 1
+        self._version = object()
 
     def train(
         self,
@@ -128,24 +141,37 @@ class Chain:
             meta_params: read, never changed.
             num_steps: of every stage, or per stage name (0 leaves a stage as it is); the stages' own if None.
             on_step: called with stage name, step and detached loss.
+
+        Returns:
+            The trained models, without a graph; there is nothing left to commit.
         """
-        owners = self._owners()
+        owners = self._owners_apart_from(meta_params)
+        steps = self._steps_of(num_steps)
+        self._version = object()
         results: dict[str, InnerResult] = {}
-        models: dict[str, FunctionalModel] = {}
+        models = Models()
         for name, stage in self.stages.items():
-            steps = num_steps.get(name, stage.num_steps) if isinstance(num_steps, Mapping) else num_steps
-            steps = stage.num_steps if steps is None else steps
-            results[name] = self._train_stage(name, stage, meta_params, models, owners, steps, on_step)
-            models = {**models, name: results[name].model}
-        self._version += 1
-        return TrainedChain(results, self._version)
+            results[name] = self._train_stage(name, stage, meta_params, models, owners, steps[name], on_step)
+            models = Models({**models, name: results[name].model})
+        return TrainedChain(results, version=None)
+
+    def _steps_of(self, num_steps: int | Mapping[str, int] | None) -> dict[str, int]:
+        if isinstance(num_steps, Mapping):
+            self._select(num_steps)
+            steps = {name: num_steps.get(name, stage.num_steps) for name, stage in self.stages.items()}
+        else:
+            steps = {n: stage.num_steps if num_steps is None else num_steps for n, stage in self.stages.items()}
+        for name, count in steps.items():
+            if not isinstance(count, int) or count < 0:
+                raise ConfigError(f"train: num_steps={count!r} of stage {name!r} must be a whole number from 0")
+        return steps
 
     @staticmethod
     def _train_stage(
         name: str,
         stage: Stage,
         meta_params: AnyMetaParameters,
-        models: Mapping[str, FunctionalModel],
+        models: Models,
         owners: Mapping[int, str],
         steps: int,
         on_step: Callable[[str, int, Tensor], None] | None,
@@ -156,9 +182,9 @@ class Chain:
         for start in range(0, max(steps, 1), _CHUNK):
             count = min(_CHUNK, steps - start)
             batches = written[start * stage.accumulate :][: count * stage.accumulate] if written is not None else None
-            loop = stage.begin(name, models, owners, count, batches)
-            offset = None if on_step is None else lambda n, t, loss, s=start: on_step(n, s + t, loss)
-            result = loop.run_without_graph(meta_params, models, offset)
+            loop = stage.begin(name, models, owners, count, batches, offset=start)
+            counted = None if on_step is None else lambda n, t, loss, s=start: on_step(n, s + t, loss)
+            result = loop.run_without_graph(meta_params, models, counted)
             stage.commit(result)
             losses.append(result.losses)
         assert result is not None
@@ -174,7 +200,7 @@ class Chain:
             raise ConfigError(f"load_state_dict: stages {sorted(state)} do not fit the chain's {sorted(self.stages)}")
         for name, stage in self.stages.items():
             stage.load_state_dict(state[name])
-        self._version += 1
+        self._version = object()
 
     def twin(self, dtype: torch.dtype = torch.float64) -> Chain:
         """Return an independent copy of the chain in another dtype, with the same data ahead of it."""
@@ -185,12 +211,22 @@ class Chain:
         last = next(reversed(self.stages.values()))
         return move(batch, next(last.model.parameters()))
 
-    def _owners(self) -> dict[int, str]:
-        return {
+    def _owners_apart_from(self, meta_params: AnyMetaParameters) -> dict[int, str]:
+        """Return `id` → name of every stage's own parameters, after checking that none is a meta-parameter."""
+        if torch.is_inference_mode_enabled():
+            raise StageError("inference mode keeps tensors out of any graph for good; use torch.no_grad() instead")
+        owners = {
             id(param): f"{stage_name}.{name}"
             for stage_name, stage in self.stages.items()
             for name, param in stage.structure.params.items()
         }
+        for name, tensor in named_tensors(meta_params).items():
+            if id(tensor) in owners:
+                raise ConfigError(
+                    f"meta-parameter {name!r} is the parameter {owners[id(tensor)]!r} of a stage's own model, which "
+                    "commit would overwrite with inner-trained weights; give a copy: copy.deepcopy(model)"
+                )
+        return owners
 
     def _select(self, stages: Iterable[str] | None) -> list[str]:
         names = [stages] if isinstance(stages, str) else list(self.stages if stages is None else stages)

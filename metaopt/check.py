@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt.chain import Chain
 from metaopt.diagnostics import hypergradient
+from metaopt.errors import ConfigError, did_you_mean
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective
 from metaopt.random_state import seeded
@@ -119,20 +120,28 @@ def check_hypergradient(
     for module in as_named(params).values():
         module.double()
     batch = twin.move(batch)
-    loss = objective(twin.unroll(params), batch, params)
+    _check_sweep(steps)
+
+    def meta_loss_in_graph() -> Tensor:
+        with seeded(seed):  # an objective in train mode would draw new dropout masks at every call
+            return objective(twin.unroll(params), batch, params)
+
+    loss = meta_loss_in_graph()
     gradient = hypergradient(loss, params)
     directions = _directions(named_tensors(params), num_directions, coordinates or {}, seed)
 
     def meta_loss() -> float:
         with torch.no_grad():
-            return float(objective(twin.unroll(params), batch, params))
+            return float(meta_loss_in_graph())
 
     rows = []
     for name, label, direction in directions:
         tensor = named_tensors(params)[name]
         slopes = [_central_difference(meta_loss, tensor, direction, h) for h in steps]
-        best, uncertainty = _most_certain(slopes, steps, abs(float(loss.detach())))
         slope = float((gradient[name] * direction).sum())
+        best, uncertainty = _most_certain(slopes, steps, abs(float(loss.detach())))
+        if slope == 0.0 and not any(slopes):
+            uncertainty = 0.0  # nothing reaches this entry, by both routes
         rows.append(CheckRow(name, label, slope, slopes[best], uncertainty, steps[best], tolerance))
     return CheckResult(tuple(rows), float(loss.detach()), gradient)
 
@@ -140,6 +149,12 @@ def check_hypergradient(
 def _directions(
     tensors: Mapping[str, Tensor], num_random: int, coordinates: Mapping[str, Sequence[int]], seed: int
 ) -> list[tuple[str, str, Tensor]]:
+    for name, indices in coordinates.items():
+        if name not in tensors:
+            raise ConfigError(f"coordinates: there is no meta-parameter {name!r}{did_you_mean(name, tensors)}")
+        for index in indices:
+            if not 0 <= index < tensors[name].numel():
+                raise ConfigError(f"coordinates: {name!r} has {tensors[name].numel()} entries, there is no {index}")
     found = []
     with seeded(seed):
         for name, tensor in tensors.items():
@@ -151,6 +166,11 @@ def _directions(
                 direction.view(-1)[index] = 1.0
                 found.append((name, f"entry {index}", direction))
     return found
+
+
+def _check_sweep(steps: Sequence[float]) -> None:
+    if len(steps) < 2 or any(step <= 0 for step in steps):
+        raise ConfigError(f"steps={list(steps)}: a sweep needs two steps or more, all above 0")
 
 
 @torch.no_grad()

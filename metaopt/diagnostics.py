@@ -6,22 +6,26 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import MissingPathError, NonFiniteError
+from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, named_tensors
 
 
 def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_graph: bool = False) -> dict[str, Tensor]:
-    """Return d meta-loss / d meta-parameters by name, without touching any `.grad`.
+    """Return d meta-loss / d meta-parameters by name (nothing if there is nothing to learn); no `.grad` is touched.
 
     Raises:
         NonFiniteError: the meta-loss or a hypergradient is NaN or infinite.
         MissingPathError: a meta-parameter has no path to the meta-loss.
     """
-    if not bool(torch.isfinite(meta_loss.detach()).all()):
+    meta_loss = require_scalar(meta_loss, "the meta-objective", needs_graph=False)
+    tensors = named_tensors(meta_params)
+    if not bool(meta_loss.detach().isfinite()):
         raise NonFiniteError(
             f"the meta-loss is {meta_loss.detach().item()}: the trained models overflowed on the validation batch; "
             "lower the inner learning rate or the number of inner steps. No meta-parameter was changed"
         )
-    tensors = named_tensors(meta_params)
+    if not tensors:
+        return {}
     if not meta_loss.requires_grad:
         _raise_missing(list(tensors), "the meta-loss has no graph at all")
     grads = torch.autograd.grad(meta_loss, list(tensors.values()), retain_graph=retain_graph, allow_unused=True)
@@ -61,7 +65,7 @@ def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Ten
 
 
 def _raise_missing(names: list[str], what: str) -> None:
-    listed = ", ".join(repr(name) for name in names) or "(none requires grad)"
+    listed = ", ".join(repr(name) for name in names)
     raise MissingPathError(
         f"meta-parameter {listed}: {what}, so there is no hypergradient. Usual cuts: no loss or objective reads it; "
         "argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) between it and the loss; a student trained "

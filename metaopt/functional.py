@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaopt.errors import StageError
+from metaopt.errors import ConfigError, StageError, did_you_mean
 
 Tensors = dict[str, Tensor]
 Slot = tuple[dict[str, Any], str, str]  # (a submodule's own dict of tensors, attribute, deduplicated name)
@@ -34,6 +34,7 @@ class ModelStructure:
         param_names = {id(p): name for name, p in module.named_parameters()}
         buffer_names = {id(b): name for name, b in module.named_buffers()}
         self._recurrent = [submodule for submodule in module.modules() if isinstance(submodule, nn.RNNBase)]
+        self._all_buffers = [submodule._buffers for submodule in module.modules()]
         self._param_slots: list[Slot] = []
         self._buffer_slots: list[Slot] = []
         for submodule in module.modules():
@@ -59,6 +60,7 @@ class ModelStructure:
 
         Buffers are moved in place by the module's own forward; one that is assigned anew is written to `buffers`.
         """
+        empty = [(tensors, key) for tensors in self._all_buffers for key, buffer in tensors.items() if buffer is None]
         slots = [(tensors, key, params[name]) for tensors, key, name in self._param_slots]
         slots += [(tensors, key, buffers[name]) for tensors, key, name in self._buffer_slots]
         own = [tensors[key] for tensors, key, _ in slots]
@@ -71,8 +73,16 @@ class ModelStructure:
                 buffers[name] = tensors[key]
             for (tensors, key, _), tensor in zip(slots, own, strict=True):
                 tensors[key] = tensor
+            late = [key for tensors, key in empty if tensors[key] is not None]
+            for tensors, key in empty:
+                tensors[key] = None
             for submodule in self._recurrent:
                 submodule._init_flat_weights()  # they cache their weights in a list, which would keep the graph
+        if late:
+            raise StageError(
+                f"the model fills a buffer in its forward that was None before ({', '.join(late)}), so it cannot be "
+                "carried from step to step; register it with its initial tensor: register_buffer(name, tensor)"
+            )
 
     @contextmanager
     def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
@@ -167,6 +177,13 @@ class FunctionalModel:
         )
 
 
+class Models(dict[str, FunctionalModel]):
+    """Trained models by stage name; a name that is not there raises, and says which are."""
+
+    def __missing__(self, name: str) -> FunctionalModel:
+        raise ConfigError(f"there is no stage {name!r} to read here{did_you_mean(name, self)}")
+
+
 class InnerModel(FunctionalModel):
     """The model inside its own inner step: in train mode, and its calls move `buffers` (batch-norm statistics)."""
 
@@ -191,9 +208,7 @@ class _Boundary(torch.autograd.Function):
         return grads
 
 
-def behind_boundary(
-    params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel]
-) -> tuple[Tensors, dict[str, FunctionalModel]]:
+def behind_boundary(params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel]) -> tuple[Tensors, Models]:
     """Pass an inner step's parameters and all upstream weights through one identity node."""
     flat = {(None, name): p for name, p in params.items()}
     flat |= {(stage, name): p for stage, model in upstream.items() for name, p in model.params.items()}
@@ -201,8 +216,7 @@ def behind_boundary(
     passed = dict(zip(live, _Boundary.apply(*live.values()), strict=True)) if live else {}
     out = {**flat, **passed}
     inner = {name: out[None, name] for name in params}
-    models = {s: m._with({n: out[s, n] for n in m.params}) for s, m in upstream.items()}
-    return inner, models
+    return inner, Models({s: m._with({n: out[s, n] for n in m.params}) for s, m in upstream.items()})
 
 
 class _View(nn.Module):
@@ -294,16 +308,28 @@ def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
 
 def refuse_unsupported(module: nn.Module, stage: str) -> None:
     """Raise for modules whose second derivative would be wrong in silence."""
-    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     for name, submodule in module.named_modules():
-        where = f"stage {stage!r}: module {name or '(top)'!r} ({type(submodule).__name__})"
-        if isinstance(submodule, wrapped) or hasattr(submodule, "_orig_mod"):
-            raise StageError(
-                f"{where} is a wrapper (DataParallel or torch.compile), which runs its own copy of the weights; "
-                "give the stage the module inside (`.module` or `._orig_mod`)"
-            )
-        if getattr(submodule, "gradient_checkpointing", False) is True:
-            raise StageError(
-                f"{where} uses gradient checkpointing, which recomputes after the trained weights are swapped back; "
-                "call `model.gradient_checkpointing_disable()`"
-            )
+        problem = _problem_of(submodule)
+        if problem:
+            raise StageError(f"stage {stage!r}: module {name or '(top)'!r} ({type(submodule).__name__}) {problem}")
+
+
+def _problem_of(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
+        return (
+            "is a wrapper (DataParallel or torch.compile), which runs its own copy of the weights; give the stage the "
+            "module inside (`.module` or `._orig_mod`)"
+        )
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "was compiled in place, and compiled code has no second derivative; give the stage an uncompiled module"
+    if getattr(module, "gradient_checkpointing", False) is True:
+        return (
+            "uses gradient checkpointing, which recomputes after the trained weights are swapped back; call "
+            "`model.gradient_checkpointing_disable()`"
+        )
+    if any(type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in module._forward_pre_hooks.values()):
+        return (
+            "keeps a computed weight as an attribute (the old weight_norm or spectral_norm), which outlives the swap "
+            "of weights; use torch.nn.utils.parametrizations.weight_norm or .spectral_norm"
+        )
+    return None

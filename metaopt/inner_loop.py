@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import NonFiniteError, StageError
-from metaopt.functional import Call, FunctionalModel, InnerModel, ModelStructure, foreign_parameters
+from metaopt.functional import Call, FunctionalModel, InnerModel, Models, ModelStructure, foreign_parameters
 from metaopt.losses import InnerLoss, require_scalar
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.optimizers import State, UpdateRule
@@ -51,6 +51,7 @@ class InnerLoop:
         transform: applied to the step's gradients, by parameter name, before the optimizer.
         hyperparameters: t, meta-parameters → the step's overrides (schedule, learned rates).
         initial: meta-parameters, upstream → learned initial weights by name.
+        first_of_training: False for the later parts of a training that is run in parts: `initial` is over by then.
         owners: `id` → name of every parameter of the chain's own modules.
     """
 
@@ -64,6 +65,7 @@ class InnerLoop:
     transform: Transform | None = None
     hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]] = field(default=lambda t, meta_params: {})
     initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None
+    first_of_training: bool = True
     owners: Mapping[int, str] = field(default_factory=dict)
 
     @property
@@ -79,7 +81,7 @@ class InnerLoop:
     def start(self, own: Mapping[str, Tensor], meta_params: AnyMetaParameters, upstream: Upstream) -> Tensors:
         """Return the trained parameters before step 0: `own`, but for those that `initial` gives."""
         params = dict(own)
-        if self.initial is None:
+        if self.initial is None or not self.first_of_training:
             return params
         for name, value in self.initial(meta_params, upstream).items():
             if name not in params or value.shape != params[name].shape:
@@ -87,7 +89,7 @@ class InnerLoop:
                     f"stage {self.name!r}: initial gives {name!r} of shape {list(value.shape)}, which is no trained "
                     f"parameter of that shape; there are: {', '.join(params)}"
                 )
-            params[name] = value
+            params[name] = value if value.requires_grad else value.detach().clone().requires_grad_()
         return params
 
     def start_buffers(self) -> Tensors:
@@ -107,6 +109,7 @@ class InnerLoop:
 
         With several micro-batches it is their mean, whose gradient is the accumulated one.
         """
+        torch.clear_autocast_cache()  # it would keep the low-precision copy of a weight that has moved since
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         model = InnerModel(self.structure, params, buffers, training=True, call=call)
         with seeded(self.seeds[t], self.device):
@@ -174,11 +177,13 @@ class InnerLoop:
         own = {name: self.structure.params[name] for name in self.rule.names}
         with torch.no_grad():
             start = self.start(own, meta_params, upstream)
-        detached = {name: model.detach() for name, model in upstream.items()}
+        detached = Models({name: model.detach() for name, model in upstream.items()})
         steps = PlainSteps(self, start, self.rule.initial_state(), self.start_buffers(), meta_params, detached)
         losses = []
         for t in range(self.num_steps):
-            loss, gradients = steps.gradient(t)
+            loss, gradients = steps.gradient(t, (lambda loss, params: self.check_graph(loss)) if t == 0 else None)
+            if t == 0:
+                self.check_gradients(gradients)
             steps.update(t, gradients)
             losses.append(loss)
             if on_step is not None:

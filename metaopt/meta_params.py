@@ -50,18 +50,7 @@ class _TableOfWeights(MetaParameters):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the weight of each example of the batch [batch size]."""
-        if self.key not in batch:
-            raise ConfigError(
-                f"{type(self).__name__} reads batch[{self.key!r}], which this batch lacks (it has: "
-                f"{', '.join(batch)}); let the data set add it, or weigh by another key"
-            )
-        index = batch[self.key]
-        if len(index) and int(index.max()) >= len(self.logits):
-            raise ConfigError(
-                f"{type(self).__name__} has {len(self.logits)} weights, and batch[{self.key!r}] reaches "
-                f"{int(index.max())}; build it with {int(index.max()) + 1} or more"
-            )
-        return self.weights()[index]
+        return look_up(self.weights(), batch, self.key, type(self).__name__)
 
 
 class SourceWeights(_TableOfWeights):
@@ -122,7 +111,23 @@ class FixedWeights(MetaParameters):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the weight of each example of the batch [batch size]."""
-        return self.table[batch[self.key]]
+        return look_up(self.table, batch, self.key, type(self).__name__)
+
+
+def look_up(weights: Tensor, batch: Mapping[str, Tensor], key: str, reader: str) -> Tensor:
+    """Return the weight of each example of the batch [batch size], after checking that there is one for each."""
+    if key not in batch:
+        raise ConfigError(
+            f"{reader} reads batch[{key!r}], which this batch lacks (it has: {', '.join(batch)}); let the data set add "
+            "it, or weigh by another key"
+        )
+    index = batch[key]
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(weights):
+        raise ConfigError(
+            f"{reader} has {len(weights)} weights, and batch[{key!r}] runs from {int(index.min())} to "
+            f"{int(index.max())}; number from 0, and build it with one weight for each"
+        )
+    return weights[index]
 
 
 def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:
@@ -138,13 +143,15 @@ def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:
 
 
 def named_tensors(meta_params: AnyMetaParameters) -> dict[str, Tensor]:
-    """Return every tensor to be learned, by name: parameters that require grad."""
-    return {
-        ".".join(part for part in (prefix, name) if part): tensor
-        for prefix, module in as_named(meta_params).items()
-        for name, tensor in module.named_parameters()
-        if tensor.requires_grad
-    }
+    """Return every tensor to be learned, once each, by name: parameters that require grad."""
+    names: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    for prefix, module in as_named(meta_params).items():
+        for name, tensor in module.named_parameters():
+            if tensor.requires_grad and id(tensor) not in names:
+                names[id(tensor)] = ".".join(part for part in (prefix, name) if part)
+                found[names[id(tensor)]] = tensor
+    return found
 
 
 @contextmanager

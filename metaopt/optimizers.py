@@ -184,12 +184,11 @@ class UpdateRule:
         return param, dict(stepper.state[param])
 
     def set_hyperparameters(self, bound: Optimizer, overrides: Overrides) -> None:
-        """Give a bound optimizer the hyperparameters of one step, as plain values."""
+        """Give a bound optimizer the hyperparameters of one step, as plain values; the rest are the user's own."""
         self.check_overrides(overrides)
         for group, spec in zip(bound.param_groups, _with_overrides(self.groups, overrides), strict=True):
-            for key in overrides:
-                value = spec.hyperparameters[key]
-                group[key] = value.item() if isinstance(value, Tensor) else value
+            values = spec.hyperparameters.items()
+            group.update({k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in values})
 
     def bind(self, params: Tensors, state: State) -> Optimizer:
         """Return torch's own optimizer over other leaf tensors, warm with `state`: the step without a graph."""

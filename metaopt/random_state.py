@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,11 +22,18 @@ def draw_seed() -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's global generators (CPU, and the device's) inside the block, and put them back after."""
+    """Seed the global generators of torch (CPU, and the device's), numpy and random; put them back after."""
     on_cuda = device is not None and device.type == "cuda"
+    of_random, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
         torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         if on_cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(of_random)
+            np.random.set_state(of_numpy)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -21,6 +21,7 @@ from metaopt.config import as_yaml
 from metaopt.data.bundle import DataBundle
 from metaopt.final import retrain, scored, weight_quality, weights_of
 from metaopt.meta_params import Uniform
+from metaopt.objectives import MetaObjective
 from metaopt.tracking import RunFolder, progress_bar
 from metaopt.trainer import MetaResult, MetaTrainer
 
@@ -55,11 +56,12 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        status = {"status": "complete"} if error is None else {"status": "failed", "error": str(error) or repr(error)}
-        more = {"test": self.scores} if self.scores else {}
+        more: dict[str, Any] = {} if error is None else {"error": str(error) or repr(error)}
+        if self.scores:
+            more["test"] = self.scores
+        status = "complete" if error is None else "failed"
         seconds = time.perf_counter() - self._start
-        seed = self.config.trainer.seed
-        self.folder.write_result(seconds=seconds, seed=seed, metrics=self.metrics, **status, **more)
+        self.folder.write_result(status, seconds, self.config.trainer.seed, self.metrics, **more)
 
     # --- before the outer loop ----------------------------------------------------------------------------------
 
@@ -81,8 +83,8 @@ class Run:
         """Show the first hypergradient beside a central difference of the whole chain."""
         trainer, config = self.trainer, self.config.trainer
         if config.check_first_step and trainer.learns and config.meta_steps:
-            batch = trainer.next_batch()
-            check = check_hypergradient(trainer.chain, trainer.objective, batch, trainer.meta_params, seed=config.seed)
+            objective, batch = cast(MetaObjective, trainer.objective), trainer.next_batch()
+            check = check_hypergradient(trainer.chain, objective, batch, trainer.meta_params, seed=config.seed)
             report.print_check(self.console, check)
 
     # --- the outer loop -----------------------------------------------------------------------------------------
@@ -107,22 +109,19 @@ class Run:
 
     def compare(self) -> None:
         """Train fresh models with frozen weights (learned, uniform) and read the test stream, once each."""
-        trainer, data = self.trainer, self.data
+        trainer = self.trainer
         if self.config.output.save_models:
             self.folder.save_models(trainer.chain)
         contestants = {"learned": trainer.meta_params, "uniform": same_for_all(trainer.meta_params, Uniform())}
         steps = stage_steps(self.config, trainer.step)
         names = [name for name in self.config.final.compare if trainer.learns or name == "uniform"]
-        answers = {}
+        answers: dict[str, list[tuple[str, str, str]]] = {}
         for name in names:
             trained = self._train(contestants[name], steps, f"fresh models, {name} weights", self._fresh)
-            self.scores[name] = self._scored(trained)
-            if data.answers is not None:
-                rows = data.answers(trained[self.config.chain[-1]], data.test, NUM_ANSWERS)
-                answers[name] = rows
+            self._read_test(name, trained, answers)
         if not names:
-            self.scores["trained"] = self._scored(trainer.chain.train(trainer.meta_params, num_steps=0))
-        self.metrics.update(next(iter(self.scores.values())))
+            self._read_test("trained", trainer.chain.train(trainer.meta_params, num_steps=0), answers)
+        self.metrics.update(next(iter(self.scores.values()), {}))
         self._show_weights()
         report.print_answers(self.console, answers)
         report.print_scores(self.console, self.scores, ", ".join(f"{n} {name} steps" for name, n in steps.items()))
@@ -135,10 +134,14 @@ class Run:
         with progress_bar(self.console, label, sum(steps.values())) as advance:
             return retrain(chain, start, meta_params, steps, lambda name, step, loss: advance(name))
 
-    def _scored(self, trained: TrainedChain) -> dict[str, float]:
-        if self.data.score is None:
-            return {}
-        return scored(self.trainer.chain, trained, self.config.chain[-1], self.data.score, self.data.test)
+    def _read_test(self, name: str, trained: TrainedChain, answers: dict[str, list[tuple[str, str, str]]]) -> None:
+        data, stage = self.data, self.config.chain[-1]
+        if data.test is None:
+            return
+        if data.score is not None:
+            self.scores[name] = scored(self.trainer.chain, trained, stage, data.score, data.test)
+        if data.answers is not None:
+            answers[name] = data.answers(trained[stage], data.test, NUM_ANSWERS)
 
     def _show_weights(self) -> None:
         found = weights_of(self.trainer.meta_params) if self.trainer.learns else None

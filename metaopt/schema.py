@@ -208,9 +208,9 @@ def _problems_of_names(plain: Raw) -> Iterator[str]:
                     f"stages.{name}.{part}.upstream = {node['upstream']!r}: no stage of that name comes before "
                     f"{name!r} in chain = {chain}{did_you_mean(node['upstream'], chain[:place])}"
                 )
-    objective = plain.get("objective")
-    if _is_ours(objective) and objective.get("stage") not in (None, "???", *chain):
-        yield f"objective.stage = {objective['stage']!r}: no such stage{did_you_mean(objective['stage'], chain)}"
+    stage = value_at(plain, "objective.stage")
+    if _is_ours(plain.get("objective")) and stage not in (None, "???", *chain):
+        yield f"objective.stage = {stage!r}: no such stage{did_you_mean(stage, chain)}"
     for name in chain:
         if value_at(plain, f"stages.{name}.carry") == "never" and value_at(plain, f"stages.{name}.warmup_steps"):
             yield f"stages.{name}.warmup_steps would be lost: with carry: never every meta-step starts afresh"

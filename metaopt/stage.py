@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from metaopt.data.streams import BatchStream
 from metaopt.errors import ConfigError, StageError
 from metaopt.estimators import Estimator, Unrolled
-from metaopt.functional import FunctionalModel, ModelStructure, refuse_unsupported
+from metaopt.functional import ModelStructure, refuse_unsupported
 from metaopt.handover import HandOver
 from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, Upstream
 from metaopt.losses import InnerLoss
@@ -73,6 +73,8 @@ class Stage:
         self.num_steps, self.accumulate = num_steps, accumulate
         self.loss, self.overrides, self.transform, self.initial = loss, overrides, transform, initial
         self.estimator = estimator or Unrolled()
+        if seed is not None and seed < 0:
+            raise ConfigError(f"Stage: seed={seed} must not be negative")
         self.seed = draw_seed() if seed is None else seed
         self._steps, self._schedule_steps, self._resets = 0, 0, 0
         self._factory = None if isinstance(model, nn.Module) else model
@@ -81,9 +83,7 @@ class Stage:
         self.optimizer = _make_optimizer(optimizer, self.model)
         self.rule = UpdateRule(self.optimizer, self.structure.params)
         self._schedule = Schedule(schedule, self.optimizer) if schedule is not None else None
-        self._initial: dict[str, Any] | None = None
-        if self._factory is None:
-            self._initial = copy.deepcopy(self.model.state_dict())
+        self._initial = self._tensors() if self._factory is None else None
         self._initial_optimizer = copy.deepcopy(self.optimizer.state_dict())
         self._source = batches
         self._stream = self._open_stream(batches)
@@ -101,9 +101,20 @@ class Stage:
         owners: Mapping[int, str],
         num_steps: int | None = None,
         batches: list[Any] | None = None,
+        offset: int = 0,
     ) -> InnerLoop:
-        """Fix the batches, the random state and the starting point of the next `num_steps` inner steps."""
+        """Fix the batches, the random state and the starting point of the next `num_steps` inner steps.
+
+        Args:
+            name: the stage's.
+            upstream: trained models of the earlier stages.
+            owners: `id` → name of the parameters of all stages' own modules.
+            num_steps: the stage's own if None.
+            batches: drawn from the stage's data if None.
+            offset: steps that this training has taken before, when it is run in parts.
+        """
         refuse_unsupported(self.model, name)
+        self._refuse_late_freezing(name)
         steps = self.num_steps if num_steps is None else num_steps
         if batches is None:
             batches = self.draw_batches(upstream, steps)
@@ -119,7 +130,8 @@ class Stage:
             seeds=[self.step_seed(t) for t in range(steps)],
             device=like.device,
             transform=self.transform,
-            hyperparameters=self._hyperparameters,
+            hyperparameters=lambda t, meta_params: self._hyperparameters(t, offset + t, meta_params),
+            first_of_training=offset == 0,
             initial=self.initial,
             owners=owners,
         )
@@ -132,27 +144,42 @@ class Stage:
     def draw_batches(self, upstream: Upstream, num_steps: int) -> list[Any]:
         """Return the batches of the next steps; the stream stays where it is."""
         count = num_steps * self.accumulate
+        if count == 0:
+            return []
         if self._stream is not None and not isinstance(self._source, HandOver):
             return self._stream.peek(count)
         with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES)):
             if isinstance(self._source, HandOver):
                 assert self._stream is not None
-                return list(self._source.write(upstream, self._stream.peek(count)))
+                written = list(self._source.write(upstream, self._stream.peek(count)))
+                if len(written) != count:
+                    kind = type(self._source).__name__
+                    raise StageError(f"{kind}.write returned {len(written)} batches for {count}; return one for each")
+                return written
             made = list(itertools.islice(self._source(upstream), count))  # type: ignore[operator]
         if not made:
             raise StageError("batches: the callable made no batch from the upstream models; it must yield at least one")
         return list(itertools.islice(itertools.cycle(made), count))
 
-    def _hyperparameters(self, t: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
+    def _refuse_late_freezing(self, name: str) -> None:
+        trained = set(self.rule.names)
+        changed = [n for n, p in self.structure.params.items() if n in trained and not p.requires_grad]
+        if changed:
+            raise StageError(
+                f"stage {name!r}: parameter {changed[0]!r} was frozen after the stage was built; freeze with "
+                "requires_grad_(False) first, then build the Stage"
+            )
+
+    def _hyperparameters(self, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
         scheduled = self._schedule.at(self._schedule_steps + t) if self._schedule is not None else {}
-        learned = self.overrides(meta_params, t) if self.overrides is not None else {}
+        learned = self.overrides(meta_params, step) if self.overrides is not None else {}
         return {**scheduled, **learned}
 
     # --- carrying on --------------------------------------------------------------------------------------------
 
     def commit(self, result: InnerResult) -> None:
         """Carry on from a trained model: weights, buffers, optimizer state, batch stream, random state."""
-        self._load_weights(result.model)
+        self._load_tensors({**result.model.params, **result.model.buffers})
         self.rule.write_back(result.model.optimizer_state)
         self._steps += result.num_steps
         self._schedule_steps += result.schedule_steps
@@ -161,17 +188,25 @@ class Stage:
         if self._schedule is not None:
             self.rule.set_hyperparameters(self.optimizer, self._schedule.at(self._schedule_steps))
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return copies of all parameters and buffers, those that `state_dict()` leaves out included."""
+        return {n: t.detach().clone() for n, t in [*self.structure.params.items(), *self.structure.buffers.items()]}
+
     @torch.no_grad()
-    def _load_weights(self, model: FunctionalModel) -> None:
-        for own, trained in ((self.structure.params, model.params), (self.structure.buffers, model.buffers)):
-            for name, tensor in own.items():
-                tensor.copy_(trained[name])
+    def _load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, own in [*self.structure.params.items(), *self.structure.buffers.items()]:
+            if name not in tensors:
+                raise ConfigError(f"the saved state has no {name!r}, which the stage's model has")
+            own.copy_(tensors[name])
 
     def reset(self) -> None:
         """Go back to the initial weights (a factory draws new ones) and optimizer state; the data move on."""
         self._resets += 1
-        initial = self._draw_model().state_dict() if self._initial is None else self._initial
-        self.model.load_state_dict(initial)
+        if self._initial is None:
+            drawn = ModelStructure(self._draw_model())
+            self._load_tensors({**drawn.params, **drawn.buffers})
+        else:
+            self._load_tensors(self._initial)
         self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer))
         self._schedule_steps = 0
 
@@ -191,30 +226,33 @@ class Stage:
     def state_dict(self) -> dict[str, Any]:
         """Return all that an unroll depends on and `reset` goes back to."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self._tensors(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "stream": None if self._stream is None else self._stream.state_dict(),
             "random": {"seed": self.seed, "steps": self._steps, "resets": self._resets},
             "schedule_steps": self._schedule_steps,
-            "initial": {"model": self._initial, "optimizer": self._initial_optimizer},
+            "initial": copy.deepcopy({"model": self._initial, "optimizer": self._initial_optimizer}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.model.load_state_dict(state["model"])
+        self._load_tensors(state["model"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self._stream is not None:
             self._stream.load_state_dict(state["stream"])
         random = state["random"]
         self.seed, self._steps, self._resets = random["seed"], random["steps"], random["resets"]
         self._schedule_steps = state["schedule_steps"]
-        self._initial, self._initial_optimizer = state["initial"]["model"], state["initial"]["optimizer"]
+        initial = copy.deepcopy(state["initial"])
+        self._initial, self._initial_optimizer = initial["model"], initial["optimizer"]
 
     def twin(self, dtype: torch.dtype) -> Stage:
         """Return an independent copy of this stage in another dtype, with the same data ahead of it."""
         twin = copy.copy(self)
         twin.model, twin.optimizer = copy.deepcopy((self.model, self.optimizer))
         twin.model.to(dtype)
+        if isinstance(self.loss, nn.Module):
+            twin.loss = copy.deepcopy(self.loss).to(dtype)  # its class weights, say
         for param, entry in twin.optimizer.state.items():
             twin.optimizer.state[param] = {
                 k: v.to(dtype) if isinstance(v, Tensor) and v.dim() and v.is_floating_point() else v
@@ -255,6 +293,8 @@ def move(batch: Any, like: Tensor) -> Any:
         return batch.to(like.device, like.dtype if batch.is_floating_point() else batch.dtype)
     if isinstance(batch, Mapping):
         return {key: move(value, like) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, like) for value in batch))
+    if isinstance(batch, (list, tuple)):
         return type(batch)(move(value, like) for value in batch)
     return batch

@@ -50,7 +50,8 @@ def problems_of_target(where: str, node: Any, supplied: int = 0, given: Collecti
         yield f"{where}._target_ = {target}: a {type(called).__name__} cannot be called"
         return
     if inspect.isabstract(called):
-        yield f"{where}._target_ = {target}: the class does not define {', '.join(sorted(called.__abstractmethods__))}"
+        undefined = ", ".join(sorted(getattr(called, "__abstractmethods__", ())))
+        yield f"{where}._target_ = {target}: the class does not define {undefined}"
         return
     yield from _problems_of_arguments(where, target, called, node, supplied, given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from metaopt.errors import ConfigError, NonFiniteError, did_you_mean
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective
-from metaopt.random_state import draw_seed
+from metaopt.random_state import derived_seed, draw_seed, seeded
 
 Carry = str | int  # "always", "never", or N: start anew after every N meta-steps
 Score = Callable[[Any, Iterable[Any]], Mapping[str, float]]
@@ -61,6 +62,14 @@ class Selection:
     every: int = 10
     patience: int | None = None
 
+    def __post_init__(self) -> None:
+        self.batches = list(self.batches)
+        if not self.batches:
+            raise ConfigError("selection: there is not a single batch to score")
+        for name, count in (("every", self.every), ("patience", self.patience)):
+            if count is not None and count < 1:
+                raise ConfigError(f"selection: {name}={count} must be at least 1")
+
 
 class MetaTrainer:
     """The outer loop over a chain.
@@ -93,7 +102,8 @@ class MetaTrainer:
     ) -> None:
         self.chain, self.objective, self.meta_params = chain, objective, meta_params
         self.meta_optimizer, self.selection, self.observers = meta_optimizer, selection, tuple(observers)
-        self.validation = BatchStream(validation, draw_seed() if seed is None else seed)
+        self.seed = draw_seed() if seed is None else seed
+        self.validation = BatchStream(validation, self.seed)
         self.carry = _checked_carry(carry or {}, chain)
         for read in getattr(objective, "reads", ()):
             if read not in chain.stages:
@@ -103,6 +113,10 @@ class MetaTrainer:
                 )
         if named_tensors(meta_params) and meta_optimizer is None:
             raise ConfigError("MetaTrainer: there are meta-parameters to learn, and no meta_optimizer to move them")
+        if meta_optimizer is not None:
+            _check_covers(meta_optimizer, meta_params)
+        if selection is not None and selection.stage not in chain.stages:
+            raise ConfigError(f"selection: no stage {selection.stage!r}{did_you_mean(selection.stage, chain.stages)}")
         self.step = 0
         self._best: dict[str, Any] = {"score": None, "step": None, "meta_params": None, "looks_since": 0}
 
@@ -123,10 +137,11 @@ class MetaTrainer:
         start, meta_loss, stopped = time.perf_counter(), float("nan"), False
         while self.step < meta_steps and not stopped:
             began = time.perf_counter()
+            used = self._meta_state()
             trained, record = self.meta_step()
             meta_loss = record["meta_loss"]
             if self.selection is not None and (self.step % self.selection.every == 0 or self.step == meta_steps):
-                record |= self._look(trained)
+                record |= self._look(trained, used)
                 patience = self.selection.patience
                 stopped = patience is not None and self._best["looks_since"] >= patience
             record["seconds"] = time.perf_counter() - began
@@ -143,7 +158,8 @@ class MetaTrainer:
             NonFiniteError, MissingPathError: before the meta-parameters move.
         """
         trained = self.chain.unroll(self.meta_params)
-        meta_loss = self.objective(trained, self.next_batch(), self.meta_params)
+        with seeded(derived_seed(self.seed, self.step)):
+            meta_loss = self.objective(trained, self.next_batch(), self.meta_params)
         meta_loss = require_scalar(meta_loss, f"the meta-objective {type(self.objective).__name__}", needs_graph=False)
         record = {"meta_step": self.step + 1, "meta_loss": meta_loss.item()}
         if self.learns and self.meta_optimizer is not None:
@@ -160,13 +176,20 @@ class MetaTrainer:
         self.chain.reset([name for name, period in self.carry.items() if period and self.step % period == 0])
         return trained, record
 
-    def _look(self, trained: TrainedChain) -> dict[str, float]:
-        """Score the trained stage on the selection stream, and keep the meta-parameters if they are the best yet."""
+    def _meta_state(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(module.state_dict()) for name, module in as_named(self.meta_params).items()}
+
+    def _look(self, trained: TrainedChain, used: dict[str, Any]) -> dict[str, float]:
+        """Score the trained stage on the selection stream; keep the meta-parameters it was trained with if it is best.
+
+        Args:
+            trained: models of this meta-step.
+            used: the meta-parameters before the meta-optimizer moved them.
+        """
         assert self.selection is not None
         metrics, score, better = self._score(self.selection, trained)
         if better:
-            kept = {name: copy.deepcopy(m.state_dict()) for name, m in as_named(self.meta_params).items()}
-            self._best = {"score": score, "step": self.step, "meta_params": kept, "looks_since": 0}
+            self._best = {"score": score, "step": self.step, "meta_params": used, "looks_since": 0}
         else:
             self._best["looks_since"] += 1
         return {f"selection/{name}": value for name, value in metrics.items()}
@@ -178,12 +201,12 @@ class MetaTrainer:
         if selection.score is None or selection.metric is None:
             losses = [float(self.objective(trained, batch, self.meta_params)) for batch in batches]
             loss = sum(losses) / len(losses)
-            return {"loss": loss}, loss, best is None or loss < best
+            return {"loss": loss}, loss, math.isfinite(loss) and (best is None or loss < best)
         metrics = selection.score(trained[selection.stage], batches)
         if selection.metric not in metrics:
             raise ConfigError(f"selection: no metric {selection.metric!r}{did_you_mean(selection.metric, metrics)}")
         score = metrics[selection.metric]
-        return metrics, score, best is None or score > best
+        return metrics, score, math.isfinite(score) and (best is None or score > best)
 
     def _restore_best(self) -> None:
         if self._best["meta_params"] is not None:
@@ -195,8 +218,9 @@ class MetaTrainer:
         return {
             "step": self.step,
             "chain": self.chain.state_dict(),
-            "meta_params": {name: m.state_dict() for name, m in as_named(self.meta_params).items()},
-            "meta_optimizer": None if self.meta_optimizer is None else self.meta_optimizer.state_dict(),
+            "meta_params": self._meta_state(),
+            "meta_optimizer": None if self.meta_optimizer is None else copy.deepcopy(self.meta_optimizer.state_dict()),
+            "seed": self.seed,
             "validation": self.validation.state_dict(),
             "best": copy.deepcopy(self._best),
         }
@@ -209,7 +233,17 @@ class MetaTrainer:
         if self.meta_optimizer is not None:
             self.meta_optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
         self.validation.load_state_dict(state["validation"])
-        self.step, self._best = state["step"], copy.deepcopy(state["best"])
+        self.step, self.seed, self._best = state["step"], state["seed"], copy.deepcopy(state["best"])
+
+
+def _check_covers(optimizer: Optimizer, meta_params: AnyMetaParameters) -> None:
+    moved = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    still = [name for name, tensor in named_tensors(meta_params).items() if id(tensor) not in moved]
+    if still:
+        raise ConfigError(
+            f"the meta-optimizer does not hold the meta-parameter {', '.join(map(repr, still))}, which would never "
+            "move; build it over meta_params.parameters()"
+        )
 
 
 def _checked_carry(carry: Mapping[str, Carry], chain: Chain) -> dict[str, int]:
@@ -218,7 +252,7 @@ def _checked_carry(carry: Mapping[str, Carry], chain: Chain) -> dict[str, int]:
     for name, value in carry.items():
         if name not in chain.stages:
             raise ConfigError(f"carry: no stage {name!r}{did_you_mean(name, chain.stages)}")
-        if value not in ("always", "never") and not (isinstance(value, int) and value >= 1):
+        if value not in ("always", "never") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"carry: {value!r} of stage {name!r} must be always, never, or a whole number ≥ 1")
         periods[name] = {"always": 0, "never": 1}.get(value, value) if isinstance(value, str) else value
     return periods

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,11 +14,11 @@ from metaopt.random_state import derived_seed, seeded
 
 
 class _Place(NamedTuple):
-    """A batch's place in the stream, and the state that the loader's own generator had when its epoch began."""
+    """A batch's place in the stream, and the states that the loader's own generators had when its epoch began."""
 
     epoch: int
     position: int
-    generator_state: torch.Tensor | None
+    generator_states: list[torch.Tensor]
 
 
 class BatchStream:
@@ -36,8 +36,14 @@ class BatchStream:
     """
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:
-        if not isinstance(batches, Iterable):
-            raise ConfigError(f"batches: a {type(batches).__name__} is not iterable; give a list or a DataLoader")
+        if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+            kind = type(batches).__name__
+            raise ConfigError(f"batches: a {kind} is no series of batches; give a list of batches or a DataLoader")
+        if getattr(batches, "persistent_workers", False):
+            raise ConfigError(
+                "batches: a DataLoader with persistent_workers=True has one iterator for all its readers, so looking "
+                "ahead would lose batches; set persistent_workers=False"
+            )
         if isinstance(batches, Iterator):
             raise ConfigError(
                 f"batches: a {type(batches).__name__} can be read only once, so it cannot be cycled or resumed; give "
@@ -45,8 +51,8 @@ class BatchStream:
             )
         self._batches = batches
         self._seed = seed
-        self._loader_generator: torch.Generator | None = getattr(batches, "generator", None)
-        self._generator_state = self._loader_generator.get_state() if self._loader_generator is not None else None
+        self._generators = _generators_of(batches)
+        self._generator_states = [generator.get_state() for generator in self._generators]
         self._ahead: deque[tuple[_Place, Any]] = deque()
         self._open_epoch(0)
 
@@ -63,7 +69,7 @@ class BatchStream:
             self._ahead.popleft()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch lies: epoch, position, seed, and the loader's generator state."""
+        """Return where the next batch lies: epoch, position, seed, and the states of the loader's generators."""
         place = self._ahead[0][0] if self._ahead else self._frontier
         return {**place._asdict(), "seed": self._seed}
 
@@ -71,19 +77,19 @@ class BatchStream:
         """Go to a saved place: the epoch is begun again and the passed batches are skipped."""
         self._seed = state["seed"]
         self._ahead.clear()
-        self._generator_state = state["generator_state"]
+        self._generator_states = list(state["generator_states"])
         self._open_epoch(state["epoch"])
         for _ in range(state["position"]):
             self._fetch()
 
     def _open_epoch(self, epoch: int) -> None:
-        self._frontier = _Place(epoch, 0, self._generator_state)
+        self._frontier = _Place(epoch, 0, list(self._generator_states))
         self._iterator: Iterator[Any] | None = None
 
     def _fetch(self) -> Any:
         epoch, position, _ = self._frontier
         try:
-            with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_state():
+            with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_states():
                 if self._iterator is None:
                     self._iterator = iter(self._batches)
                 batch = next(self._iterator)
@@ -96,16 +102,22 @@ class BatchStream:
         return batch
 
     @contextmanager
-    def _own_generator_state(self) -> Iterator[None]:
-        """Let a loader's own generator continue from where this stream left it, and put it back after."""
-        generator = self._loader_generator
-        if generator is None or self._generator_state is None:
-            yield
-            return
-        before = generator.get_state()
-        generator.set_state(self._generator_state)
+    def _own_generator_states(self) -> Iterator[None]:
+        """Let a loader's own generators continue from where this stream left them, and put them back after."""
+        before = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, self._generator_states, strict=True):
+            generator.set_state(state)
         try:
             yield
         finally:
-            self._generator_state = generator.get_state()
-            generator.set_state(before)
+            self._generator_states = [generator.get_state() for generator in self._generators]
+            for generator, state in zip(self._generators, before, strict=True):
+                generator.set_state(state)
+
+
+def _generators_of(batches: Any) -> list[torch.Generator]:
+    """Return the generators of a DataLoader and its samplers, each once."""
+    sampler, batch_sampler = (getattr(batches, name, None) for name in ("sampler", "batch_sampler"))
+    holders = (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

@@ -27,7 +27,8 @@ class Checkpointed(Estimator):
     def __init__(self, product: Product | None = None, store: Kept = "gradients") -> None:
         if store not in KEPT:
             raise ConfigError(f"{type(self).__name__}: store={store!r}{did_you_mean(store, KEPT)}")
-        self.product, self.store = product or DoubleBackward(), store
+        self.product = product or DoubleBackward()
+        self.store: Kept = store
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(product={self.product!r}, store={self.store!r})"

@@ -76,7 +76,7 @@ class Sweep:
         """Run every step with torch's own optimizer, and keep what the backward needs."""
         loop = self.loop
         initial = dict(zip(loop.rule.names, start, strict=True))
-        plain = {name: t.detach() for (_, name), t in self.others.items() if _ is None}
+        plain = {name: t.detach() for (stage, name), t in self.others.items() if stage is None}
         losses = []
         with rebound(self.meta_params, plain):
             args = (loop.rule.initial_state(), loop.start_buffers(), self.meta_params, self._plain)
@@ -222,7 +222,7 @@ class _Stage(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         sweep = ctx.sweep
         _ = ctx.saved_tensors
         params, others = sweep.backward(cotangents)
