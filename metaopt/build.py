@@ -22,6 +22,7 @@ from metaopt.data.bundle import DataBundle
 from metaopt.errors import ConfigError, MetaoptError
 from metaopt.losses import FromUpstream
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
+from metaopt.models import check_fits
 from metaopt.random_state import derived_seed, seeded
 from metaopt.stage import Stage
 from metaopt.trainer import MetaTrainer, Selection
@@ -47,7 +48,7 @@ def build_chain(config: DictConfig, bundle: DataBundle) -> Chain:
     stages: dict[str, Stage] = {}
     for name in config.chain:
         stages[name] = _stage(f"stages.{name}", config, config.stages[name], bundle, is_first=not stages)
-        _check_vocabulary(f"stages.{name}.model", stages[name].model, bundle.facts.get("vocab_size"))
+        check_fits(stages[name].model, bundle.facts, name)
     return Chain(**stages)
 
 
@@ -91,16 +92,6 @@ def _place(config: DictConfig) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"trainer.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device, getattr(torch, config.trainer.dtype)
-
-
-def _check_vocabulary(where: str, model: nn.Module, vocab_size: int | None) -> None:
-    for part in (model, getattr(model, "decoder", None)):
-        embeddings = part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else None
-        if vocab_size is not None and isinstance(embeddings, nn.Embedding) and embeddings.num_embeddings < vocab_size:
-            raise ConfigError(
-                f"{where}: its vocabulary of {embeddings.num_embeddings} does not hold the data's {vocab_size} tokens; "
-                "write vocab_size=${facts.vocab_size}, or give the data set this model's tokenizer"
-            )
 
 
 def build_meta_params(config: DictConfig) -> AnyMetaParameters:
@@ -199,6 +190,7 @@ def same_for_all(meta_params: AnyMetaParameters, weights: nn.Module) -> AnyMetaP
 def stage_steps(config: DictConfig, meta_steps: int) -> dict[str, int]:
     """Return the plain training steps of each stage in the final comparison."""
     names = [str(name) for name in config.chain]
-    given = config.final.num_steps
-    taken = {name: config.stages[name].warmup_steps + meta_steps * config.stages[name].num_steps for name in names}
-    return taken if given is None else dict.fromkeys(names, given)
+    given: int | None = config.final.num_steps
+    if given is not None:
+        return dict.fromkeys(names, given)
+    return {name: config.stages[name].warmup_steps + meta_steps * config.stages[name].num_steps for name in names}

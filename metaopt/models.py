@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderConfig, EncoderDecoderModel
 
-from metaopt.data.rows import check_counts
 from metaopt.errors import ConfigError
+from metaopt.ranges import check_counts
 
 
 def encoder_decoder(
@@ -34,8 +35,8 @@ def encoder_decoder(
         max_length: tokens of the longest input or answer.
         hidden_size, num_layers, num_heads, intermediate_size: of each of the two; num_heads divides hidden_size.
         dropout: of hidden states and attention, from 0 to below 1.
-        initializer_range: standard deviation of the initial weights. BERT's own 0.02 is meant for width 768; at width 64
-            it learns more slowly than 0.1.
+        initializer_range: standard deviation of the initial weights. BERT's own 0.02 is meant for width 768; a width of
+            64 learns faster from 0.1.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -50,7 +51,7 @@ def encoder_decoder(
     _check_dropout(where, dropout)
     tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     _check_tokens(where, tokens, vocab_size)
-    options = dict(
+    options: dict[str, Any] = dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
@@ -85,7 +86,7 @@ def pretrained_encoder_decoder(
     """
     names = {"encoder": encoder, "decoder": encoder if decoder is None else decoder}
     try:
-        model = EncoderDecoderModel.from_encoder_decoder_pretrained(names["encoder"], names["decoder"])
+        model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(names["encoder"], names["decoder"])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -145,7 +146,7 @@ class MLP(nn.Module):
         widths = [num_features, *hidden_sizes]
         hidden = [
             layer
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
             for layer in (nn.Linear(before, after), nn.GELU(), nn.Dropout(dropout))
         ]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], num_labels))
@@ -183,7 +184,7 @@ def _check_at_least(stage_name: str, what: str, config: Any, name: str, facts: M
     has, needs = getattr(config, name, None), facts.get(fact)
     if isinstance(has, int) and needs is not None and has < needs:
         raise ConfigError(
-            f"stage {stage_name!r}: the model's {what} ({name}={has}) is smaller than the data's ({fact}={needs}); build "
-            f"it with {name}={needs} or more (in a config: ${{facts.{fact}}}), or give the data set this model's "
+            f"stage {stage_name!r}: the model's {what} ({name}={has}) is smaller than the data's ({fact}={needs}); "
+            f"build it with {name}={needs} or more (in a config: ${{facts.{fact}}}), or give the data set this model's "
             "tokenizer"
         )

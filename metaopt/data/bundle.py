@@ -79,7 +79,7 @@ class DataBundle:
             raise ConfigError(f"DataBundle: {len(self.source_names)} source_names for {num_sources} sources")
         if self.selection_metric is not None and self.score is None:
             raise ConfigError(
-                f"DataBundle: selection_metric={self.selection_metric!r} is read from score(...), and there is no score; "
+                f"DataBundle: selection_metric={self.selection_metric!r} is read from score(...), which is missing; "
                 "give score=..., or selection_metric=None to select by the loss"
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from metaopt.data.bundle import DataBundle
 from metaopt.data.decoding import accuracy_score
-from metaopt.data.rows import check_counts, check_fraction, in_order, shuffled
+from metaopt.data.rows import in_order, shuffled
 from metaopt.errors import ConfigError
+from metaopt.ranges import check_counts, check_fraction
 
 NUM_LABELS = 10
 SIDE = 8  # pixels
@@ -53,21 +54,10 @@ def digits(
         "test": num_test,
     }
     check_fraction("digits", noise=noise)
-    check_counts("digits", **{f"num_{name}": size for name, size in sizes.items()})
     check_counts("digits", batch_size=batch_size, validation_batch_size=validation_batch_size)
-    pixels, targets = load_digits(return_X_y=True)
-    if sum(sizes.values()) > len(targets):
-        raise ConfigError(
-            f"digits: num_train, num_unlabelled, num_validation, num_selection and num_test sum to "
-            f"{sum(sizes.values())}, and there are {len(targets)} images; ask for fewer"
-        )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets), generator=generator)[: sum(sizes.values())]
-    inputs, labels = torch.as_tensor(pixels, dtype=torch.float32)[order] / 16, torch.as_tensor(targets)[order]
-    split = dict(zip(sizes, torch.arange(len(order)).split(list(sizes.values())), strict=True))
-    columns = {name: {"inputs": inputs[rows], "labels": labels[rows]} for name, rows in split.items()}
-    true_labels = columns["train"]["labels"]
-    columns["train"]["labels"], is_clean = _corrupted(true_labels, noise, generator)
+    columns = _split(sizes, generator)
+    columns["train"]["labels"], is_clean = _corrupted(columns["train"]["labels"], noise, generator)
     del columns["unlabelled"]["labels"]
     for name in ("train", "unlabelled"):
         columns[name]["index"] = torch.arange(sizes[name])
@@ -84,6 +74,21 @@ def digits(
         selection_metric="accuracy",
         picture=functools.partial(_mosaic, columns["train"]["inputs"], columns["train"]["labels"], is_clean),
     )
+
+
+def _split(sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
+    """Return each stream's inputs and true labels; no image is in two of them."""
+    check_counts("digits", **{f"num_{name}": size for name, size in sizes.items()})
+    pixels, targets = load_digits(return_X_y=True)
+    total = sum(sizes.values())
+    if total > len(targets):
+        raise ConfigError(
+            f"digits: {', '.join(f'num_{name}' for name in sizes)} sum to {total}, and there are {len(targets)} "
+            "images; ask for fewer"
+        )
+    parts = torch.randperm(len(targets), generator=generator)[:total].split(list(sizes.values()))
+    inputs, labels = torch.as_tensor(pixels, dtype=torch.float32) / 16, torch.as_tensor(targets, dtype=torch.int64)
+    return {name: {"inputs": inputs[rows], "labels": labels[rows]} for name, rows in zip(sizes, parts, strict=True)}
 
 
 def _corrupted(labels: Tensor, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

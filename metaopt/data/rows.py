@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from metaopt.errors import ConfigError
-
 
 class TensorRows(Dataset[dict[str, Tensor]]):
     """A data set of equally long named tensors; a DataLoader asks for a batch of rows at once.
@@ -47,17 +45,3 @@ def in_order(columns: Mapping[str, Tensor], batch_size: int) -> DataLoader[dict[
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def check_counts(where: str, **counts: Any) -> None:
-    """Raise for a count that is not a whole number of at least 1."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{where}: {name}={value!r} must be a whole number of at least 1")
-
-
-def check_fraction(where: str, **fractions: Any) -> None:
-    """Raise for a fraction that does not lie between 0 and 1."""
-    for name, value in fractions.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConfigError(f"{where}: {name}={value!r} must be a fraction between 0 and 1")
