@@ -154,10 +154,10 @@ def _apply_limits(raw: Raw) -> None:
     limit = value_at(raw, "limits.num_steps")
     if not isinstance(limit, int) or limit < 1:
         return
-    for stage in raw["stages"].values():
+    for part in (*raw["stages"].values(), raw.get("final")):
         for key in ("num_steps", "warmup_steps"):
-            if isinstance(stage.get(key), int):
-                stage[key] = min(stage[key], limit)
+            if isinstance(part, dict) and isinstance(part.get(key), int):
+                part[key] = min(part[key], limit)
 
 
 # --- interpolations ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ parameters, so hooks, `ModuleList` slices, tied weights and shared submodules ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,7 +92,7 @@ class ModelStructure:
         """
         modes = [(submodule, submodule.training) for submodule in self.module.modules()]
         try:
-            with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH):
+            with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation():
                 self.module.train(training)
                 yield self.module
         finally:
@@ -103,6 +103,27 @@ class ModelStructure:
         """Run the module's forward with these parameters and buffers."""
         with self.install(params, buffers, training) as module:
             return module(*args, **kwargs)
+
+
+_RECOMPUTES = (
+    "the model recomputes part of its forward during the backward (torch.utils.checkpoint), when the trained weights "
+    "are swapped back already; take the checkpointing out of its forward: estimators.Checkpointed() saves more memory"
+)
+
+
+@contextmanager
+def _refusing_recomputation() -> Iterator[None]:
+    """Raise if something inside the block asks to recompute saved tensors later, as `torch.utils.checkpoint` does."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # the user's own, around the unroll
+        yield
+        return
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES):
+            yield
+    except RuntimeError as error:
+        if str(error) != _RECOMPUTES:
+            raise
+        raise StageError(_RECOMPUTES) from None
 
 
 Call = Callable[[Mapping[str, Tensor], Tensors, bool, Any, Any], Any]
@@ -208,15 +229,32 @@ class _Boundary(torch.autograd.Function):
         return grads
 
 
-def behind_boundary(params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel]) -> tuple[Tensors, Models]:
-    """Pass an inner step's parameters and all upstream weights through one identity node."""
-    flat = {(None, name): p for name, p in params.items()}
-    flat |= {(stage, name): p for stage, model in upstream.items() for name, p in model.params.items()}
-    live = {key: p for key, p in flat.items() if p.requires_grad}
-    passed = dict(zip(live, _Boundary.apply(*live.values()), strict=True)) if live else {}
-    out = {**flat, **passed}
-    inner = {name: out[None, name] for name in params}
-    return inner, Models({s: m._with({n: out[s, n] for n in m.params}) for s, m in upstream.items()})
+def behind_boundary(
+    params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel], joint: Collection[str]
+) -> tuple[Tensors, Models]:
+    """Pass an inner step's parameters, and all upstream weights, through identity nodes.
+
+    Args:
+        params: of the step.
+        upstream: name → model.
+        joint: the stages that the loss is known to read. They share the node of `params`, so that no walk goes past
+            it; the others have a node of their own, or a path that is cut would look like one that is there.
+    """
+    keyed: dict[tuple[str, str], Tensor] = {("", name): p for name, p in params.items()}
+    keyed |= {(stage, name): p for stage, model in upstream.items() for name, p in model.params.items()}
+    for group in [("", *joint), *((stage,) for stage in upstream if stage not in joint)]:
+        live = {key: p for key, p in keyed.items() if key[0] in group and p.requires_grad}
+        if live:
+            keyed |= dict(zip(live, _Boundary.apply(*live.values()), strict=True))
+    inner = {name: keyed["", name] for name in params}
+    return inner, Models({s: m._with({n: keyed[s, n] for n in m.params}) for s, m in upstream.items()})
+
+
+def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[str]:
+    """Return the upstream stages whose boundary a loss reaches, each behind a node of its own."""
+    reached = set(_walk(loss))
+    nodes = {stage: {p.grad_fn for p in model.params.values()} - {None} for stage, model in upstream.items()}
+    return [stage for stage, own in nodes.items() if own & reached]
 
 
 class _View(nn.Module):
@@ -282,18 +320,23 @@ def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[s
             fmodel._fast_params = []  # higher keeps every step's weights here until garbage collection
 
 
-def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
-    """Yield the leaf tensors that require grad and that a loss reaches this side of the boundary."""
+def _walk(loss: Tensor) -> Iterator[Any]:
+    """Yield the nodes of a loss's graph, up to the boundary and with it."""
     seen: set[Any] = set()
     stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen or type(node).__name__ == "_BoundaryBackward":
+        if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable  # pyright: ignore[reportAttributeAccessIssue]
-        stack += [parent for parent, _ in node.next_functions]
+        yield node
+        if type(node).__name__ != "_BoundaryBackward":
+            stack += [parent for parent, _ in node.next_functions]
+
+
+def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the leaf tensors that require grad and that a loss reaches this side of the boundary."""
+    return (node.variable for node in _walk(loss) if hasattr(node, "variable"))
 
 
 def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
@@ -325,7 +368,7 @@ def _problem_of(module: nn.Module) -> str | None:
     if getattr(module, "gradient_checkpointing", False) is True:
         return (
             "uses gradient checkpointing, which recomputes after the trained weights are swapped back; call "
-            "`model.gradient_checkpointing_disable()`"
+            "`model.activation_checkpointing_disable()` (`gradient_checkpointing_disable()` in older transformers)"
         )
     if any(type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in module._forward_pre_hooks.values()):
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from metaopt.data.decoding import greedy_decode
 from metaopt.errors import ConfigError
 from metaopt.functional import FunctionalModel
 from metaopt.losses import IGNORED, find_upstream
+
+_TOGETHER = 16  # batches that are decoded in one go
 
 Upstream = Mapping[str, FunctionalModel]
 
@@ -69,14 +72,17 @@ class Decoded(HandOver):
         self.reads = (upstream,) if upstream else ()
 
     def write(self, upstream: Upstream, batches: Sequence[Any]) -> Sequence[Any]:
-        """Decode all batches, those of one shape together."""
+        """Decode all batches, a few of one shape together."""
         teacher = find_upstream(upstream, self.upstream, "Decoded")
-        shapes = {batch["input_ids"].shape[1:] for batch in batches}
-        if len(shapes) > 1:
-            return [self._with_answers(batch, self._decode(teacher, batch)) for batch in batches]
-        joined = {key: torch.cat([batch[key] for batch in batches]) for key in ("input_ids", "attention_mask")}
-        answers = self._decode(teacher, joined).split([len(batch["input_ids"]) for batch in batches])
-        return [self._with_answers(batch, answer) for batch, answer in zip(batches, answers, strict=True)]
+        written = []
+        for _, alike in itertools.groupby(batches, key=lambda batch: batch["input_ids"].shape[1:]):
+            rest = list(alike)
+            while rest:
+                few, rest = rest[:_TOGETHER], rest[_TOGETHER:]
+                joined = {key: torch.cat([batch[key] for batch in few]) for key in ("input_ids", "attention_mask")}
+                answers = self._decode(teacher, joined).split([len(batch["input_ids"]) for batch in few])
+                written += [self._with_answers(batch, answer) for batch, answer in zip(few, answers, strict=True)]
+        return written
 
     def _decode(self, teacher: FunctionalModel, batch: Mapping[str, Tensor]) -> Tensor:
         with teacher.as_module() as module:

@@ -221,7 +221,7 @@ class HiddenStates(FromUpstream):
         return soft_label_loss(logits_of(output), logits_of(taught), batch.get("labels"), self.temperature)
 
 
-class HardLabels(FromUpstream):
+class HardLabels:
     """Labels by the teacher's argmax: refused, since no gradient passes through it.
 
     Raises:

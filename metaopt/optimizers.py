@@ -142,9 +142,8 @@ class UpdateRule:
     ) -> tuple[Tensors, State]:
         """Return the parameters and the state after one step, in the graph of all that goes in.
 
-        A parameter without a gradient stays as it is, as in torch. A learned rate η enters by
-        `θ' + (η − [η])/[η] · (θ' − θ)`, where [·] is the value outside the graph: exact, since these optimizers'
-        steps are linear in η.
+        A parameter without a gradient stays as it is, as in torch. A learned rate η enters as `θ + η (θ₁ − θ)`, where
+        θ₁ is what a step of rate 1 gives: exact, since these optimizers' steps are linear in η.
         """
         self.check_overrides(overrides or {})
         new_params, new_state = dict(params), dict(state)
@@ -302,11 +301,11 @@ class _Flat:
     def join_state(self, state: State) -> dict[str, Any]:
         first = state.get(self._names[0], {})
         return {
-            k: self.join({n: state[n][k] for n in self._names}) if _per_element(k, v) else v for k, v in first.items()
+            k: self.join({n: state[n][k] for n in self._names}) if per_element(k, v) else v for k, v in first.items()
         }
 
     def split_state(self, state: dict[str, Any]) -> State:
-        parts = {k: self.split(v) if _per_element(k, v) else dict.fromkeys(self._names, v) for k, v in state.items()}
+        parts = {k: self.split(v) if per_element(k, v) else dict.fromkeys(self._names, v) for k, v in state.items()}
         return {name: {k: part[name] for k, part in parts.items()} for name in self._names}
 
 
@@ -315,12 +314,13 @@ def _buckets(names: Sequence[str], params: Tensors, state: State) -> Iterator[li
     found: dict[Any, list[str]] = defaultdict(list)
     for name in names:
         entry = state.get(name, {})
-        shared = tuple((k, None if _per_element(k, v) or v is None else float(v)) for k, v in entry.items())
+        shared = tuple((k, None if per_element(k, v) or v is None else float(v)) for k, v in entry.items())
         found[params[name].dtype, params[name].device, shared].append(name)
     yield from found.values()
 
 
-def _per_element(key: str, value: Any) -> bool:
+def per_element(key: str, value: Any) -> bool:
+    """Whether a piece of optimizer state has the shape of its parameter, and so carries a cotangent."""
     return isinstance(value, Tensor) and key not in COUNTERS
 
 
@@ -332,7 +332,7 @@ def _stepped_on(key: str, value: Any) -> Any:
     """A copy that the step may change in place; counters in float64 (`.double()` of a float64 would alias)."""
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if _per_element(key, value) else value.clone().to(torch.float64)
+    return value.clone() if per_element(key, value) else value.clone().to(torch.float64)
 
 
 def _as_torch_keeps(key: str, value: Any) -> Any:
@@ -340,7 +340,7 @@ def _as_torch_keeps(key: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     copied = value.detach().clone()
-    return copied if _per_element(key, value) else copied.to(torch.get_default_dtype())
+    return copied if per_element(key, value) else copied.to(torch.get_default_dtype())
 
 
 def _shallow(optimizer: Optimizer, groups: list[dict[str, Any]], differentiable: bool = False) -> Optimizer:
@@ -361,13 +361,10 @@ def _with_overrides(groups: list[Group], overrides: Overrides | None) -> list[Gr
 
 
 def _learned_rate(rate: Any) -> tuple[Any, Tensor | None]:
-    """Split a learning rate into the float that torch steps with, and the factor that carries its gradient."""
+    """Return the rate that torch steps with, and the learned rate that scales that step, if there is one."""
     if not isinstance(rate, Tensor):
         return rate, None
-    value = rate.item()
-    if value == 0.0:  # the step of rate 1, scaled by η = 0: its slope is the step itself
-        return 1.0, rate
-    return value, (1 + (rate - rate.detach()) / value if rate.requires_grad else None)
+    return (1.0, rate) if rate.requires_grad else (rate.item(), None)
 
 
 def _refuse_unsupported(optimizer: Optimizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from metaopt import report
 from metaopt.build import same_for_all, stage_steps
@@ -27,6 +29,7 @@ from metaopt.trainer import MetaResult, MetaTrainer
 
 NUM_ANSWERS = 6
 NUM_PICTURED = 20
+WIDTH = 110
 
 
 class Run:
@@ -45,7 +48,7 @@ class Run:
     def __init__(self, config: DictConfig, folder: str | Path) -> None:
         self.config = config
         self.folder = RunFolder(Path(folder))
-        self.console = Console()
+        self.console = Console(width=None if sys.stdout.isatty() else WIDTH)  # a log file has no width of its own
         self.metrics: dict[str, float] = {}
         self.scores: dict[str, dict[str, float]] = {}
         self._fresh: dict[str, Any] = {}
@@ -111,6 +114,7 @@ class Run:
         """Train fresh models with frozen weights (learned, uniform) and read the test stream, once each."""
         trainer = self.trainer
         if self.config.output.save_models:
+            disable_progress_bar()  # transformers' own, one per model
             self.folder.save_models(trainer.chain)
         contestants = {"learned": trainer.meta_params, "uniform": same_for_all(trainer.meta_params, Uniform())}
         steps = stage_steps(self.config, trainer.step)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from metaopt.data.streams import BatchStream
@@ -19,7 +20,7 @@ from metaopt.handover import HandOver
 from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, Upstream
 from metaopt.losses import InnerLoss
 from metaopt.meta_params import AnyMetaParameters
-from metaopt.optimizers import Schedule, UpdateRule
+from metaopt.optimizers import Schedule, UpdateRule, per_element
 from metaopt.random_state import derived_seed, draw_seed, seeded
 
 ModelOrFactory = nn.Module | Callable[[], nn.Module]
@@ -79,6 +80,9 @@ class Stage:
         self._steps, self._schedule_steps, self._resets = 0, 0, 0
         self._factory = None if isinstance(model, nn.Module) else model
         self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model()
+        lazy = [name for name, p in self.model.named_parameters() if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise ConfigError(f"Stage: parameter {lazy[0]!r} has no shape yet; run one batch through the model first")
         self.structure = ModelStructure(self.model)
         self.optimizer = _make_optimizer(optimizer, self.model)
         self.rule = UpdateRule(self.optimizer, self.structure.params)
@@ -254,10 +258,7 @@ class Stage:
         if isinstance(self.loss, nn.Module):
             twin.loss = copy.deepcopy(self.loss).to(dtype)  # its class weights, say
         for param, entry in twin.optimizer.state.items():
-            twin.optimizer.state[param] = {
-                k: v.to(dtype) if isinstance(v, Tensor) and v.dim() and v.is_floating_point() else v
-                for k, v in entry.items()
-            }
+            twin.optimizer.state[param] = {k: v.to(dtype) if per_element(k, v) else v for k, v in entry.items()}
         twin.structure = ModelStructure(twin.model)
         twin.rule = UpdateRule(twin.optimizer, twin.structure.params)
         if self._stream is not None:

@@ -22,6 +22,7 @@ from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective
 from metaopt.random_state import derived_seed, draw_seed, seeded
 
+_LOOK = 1  # what a seed is derived for, beside the meta-losses
 Carry = str | int  # "always", "never", or N: start anew after every N meta-steps
 Score = Callable[[Any, Iterable[Any]], Mapping[str, float]]
 Observer = Callable[[dict[str, Any]], None]
@@ -197,6 +198,12 @@ class MetaTrainer:
     @torch.no_grad()
     def _score(self, selection: Selection, trained: TrainedChain) -> tuple[Mapping[str, float], float, bool]:
         batches = [self.chain.move(batch) for batch in selection.batches]
+        with seeded(derived_seed(self.seed, self.step, _LOOK)):
+            return self._score_seeded(selection, trained, batches)
+
+    def _score_seeded(
+        self, selection: Selection, trained: TrainedChain, batches: Sequence[Any]
+    ) -> tuple[Mapping[str, float], float, bool]:
         best = self._best["score"]
         if selection.score is None or selection.metric is None:
             losses = [float(self.objective(trained, batch, self.meta_params)) for batch in batches]

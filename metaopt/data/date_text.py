@@ -131,7 +131,9 @@ def _check_locale(locale: str) -> None:
     try:
         Locale.parse(locale)
     except (UnknownLocaleError, ValueError, TypeError) as error:
-        raise ConfigError(f"dates: locales: babel has no locale {locale!r}; write one such as 'en_GB' or 'de'") from error
+        raise ConfigError(
+            f"dates: locales: babel has no locale {locale!r}; write one such as 'en_GB' or 'de'"
+        ) from error
 
 
 def _days(first: datetime.date, last: datetime.date) -> list[datetime.date]:

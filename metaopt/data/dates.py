@@ -208,9 +208,9 @@ def _columns(
 
 def _targets(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, Tensor]:
     """Return `labels` [N, 5], with the end token, and `decoder_input_ids` [N, 5], with the begin token."""
-    labels = torch.tensor([[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]])
-    first = torch.full_like(labels[:, :1], int(tokenizer.bos_token_id))
-    return {"labels": labels, "decoder_input_ids": torch.cat([first, labels[:, :-1]], dim=1)}
+    answers = tokenizer(list(texts))["input_ids"]
+    whole = torch.tensor([[tokenizer.bos_token_id, *answer, tokenizer.eos_token_id] for answer in answers])
+    return {"labels": whole[:, 1:].contiguous(), "decoder_input_ids": whole[:, :-1].contiguous()}
 
 
 def _answer(

@@ -20,7 +20,7 @@ from metaopt.estimators.stores import Kept, StepRecord, Tape
 from metaopt.functional import FunctionalModel, graph_leaves
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
-from metaopt.optimizers import State
+from metaopt.optimizers import State, per_element
 
 Tensors = dict[str, Tensor]
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
@@ -164,7 +164,7 @@ class Sweep:
     ) -> tuple[Tensors, dict[Key, Tensor], Tensors]:
         """Pull cotangents back through `update`: to the weights and state before it, and to the raw gradient."""
         present = {name: g for name, g in gradient.items() if g is not None}
-        flowing = {(n, k): v for n, entry in record.state.items() for k, v in entry.items() if _flows(v)}
+        flowing = {(n, k): v for n, entry in record.state.items() for k, v in entry.items() if per_element(k, v)}
         at, raw, kept = _as_leaves(record.params), _as_leaves(present), _as_leaves(flowing)
         learned = _as_leaves({name: t for (stage, name), t in self.others.items() if stage is None})
         entries: State = {n: {k: kept.get((n, k), v) for k, v in entry.items()} for n, entry in record.state.items()}
@@ -189,11 +189,6 @@ def _as_leaves(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 
 def _present(cotangents: Mapping[Any, Tensor | None]) -> dict[Any, Tensor]:
     return {key: cotangent for key, cotangent in cotangents.items() if cotangent is not None}
-
-
-def _flows(value: Any) -> bool:
-    """Whether optimizer state carries a cotangent: every floating tensor but the step counters."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def _vjp(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metaopt.estimators.base import Estimator
-from metaopt.functional import behind_boundary, differentiable_copy
+from metaopt.functional import behind_boundary, differentiable_copy, stages_read
 from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.optimizers import HigherOptimizer
@@ -27,11 +27,13 @@ class Unrolled(Estimator):
         frozen, buffers, losses = loop.frozen(), loop.start_buffers(), []
         with differentiable_copy(loop.structure, optimizer, names) as fast:
             params = loop.start(fast.params, meta_params, upstream)
+            joint: list[str] = []
             for t in range(loop.num_steps):
-                params, seen = behind_boundary(params, upstream)
+                params, seen = behind_boundary(params, upstream, joint)
                 loss, buffers = loop.loss_at(t, {**frozen, **params}, buffers, meta_params, seen, fast.call)
                 if t == 0:
                     loop.check_graph(loss)
+                    joint = stages_read(loss, seen)
 
                 def transformed(gradients: tuple, t: int = t) -> list:
                     by_name = dict(zip(names, gradients, strict=True))

@@ -1,0 +1,105 @@
+"""The wheel: it carries the configs, and runs from a foreign folder with the user's own files."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import metaopt
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
+
+OBJECTIVE = """
+from torch.nn.functional import cross_entropy
+
+import metaopt
+
+
+class Mine(metaopt.MetaObjective):
+    def __call__(self, trained, batch, meta_params):
+        print("from", metaopt.__file__)
+        return cross_entropy(trained["student"](inputs=batch["inputs"]), batch["labels"])
+"""
+
+
+def call(*line: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        line, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    call(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=ROOT)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_the_configs(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert wheel.name.startswith("metaopt_chain-")
+    assert CONFIGS
+    assert {f"metaopt/{path}" for path in CONFIGS} <= names
+    assert {"metaopt/conf/__init__.py", "metaopt/py.typed", "metaopt/cli.py"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "conf/"))]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_the_configs(tmp_path: Path) -> None:
+    call(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path), cwd=ROOT)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {*CONFIGS, "conf/__init__.py", "metaopt/cli.py", "tests/test_packaging.py", "Makefile"} <= names
+
+
+def test_the_wheel_runs_from_a_foreign_folder(wheel: Path, tmp_path: Path) -> None:
+    site, folder = tmp_path / "site", tmp_path / "mine"
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        f"--target={site}",
+        str(wheel),
+        cwd=ROOT,
+    )
+    folder.mkdir()
+    (folder / "my_objective.py").write_text(OBJECTIVE)
+    (folder / "mine.yaml").write_text(
+        "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://metaopt.conf']}\noptimizer: {lr: 0.5}\n"
+    )
+    script = [sys.executable, str(site / "bin" / "metaopt")]  # the console script: the folder is not on its path
+    env = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    quick = ("experiment=digits", "debug=tiny")
+    shown = call(*script, *quick, "objective=custom", "objective._target_=my_objective.Mine", cwd=folder, **env)
+    assert f"from {site}" in shown
+    shown = call(*script, "--config-dir", ".", "--config-name", "mine", "--cfg", "job", cwd=folder, **env)
+    assert "lr: 0.5" in shown
+
+
+def test_versions_agree() -> None:
+    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert declared[1] == metaopt.__version__
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = re.findall(r"^(?:dependencies|test|dev) = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+    required = {re.split(r"[\[<>=]", name)[0] for block in lists for name in re.findall(r'"([^"]+)"', block)}
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert required - {"metaopt-chain"} == pinned
+    assert len(lists) == 3
