@@ -48,9 +48,9 @@ class CheckRow:
         """`agrees`, `undecided` (the difference is too uncertain to tell), or `differs`."""
         gap = abs(self.hypergradient - self.difference)
         scale = max(abs(self.hypergradient), abs(self.difference))
-        if self.uncertainty > self.tolerance * scale and gap <= 10 * self.uncertainty:
-            return "undecided"
-        return "agrees" if gap <= self.tolerance * scale else "differs"
+        if gap <= self.tolerance * scale and self.uncertainty <= 10 * self.tolerance * scale:
+            return "agrees"
+        return "undecided" if gap <= 10 * self.uncertainty else "differs"
 
 
 @dataclass(frozen=True)

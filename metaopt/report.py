@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+SMALL = 8  # entries of a meta-parameter that are shown one by one
 BAR = 30  # characters of the longest bar
 GOOD, BAD, PLAIN = "#2a9d8f", "#e76f51", "#457b9d"
 
@@ -50,6 +51,14 @@ def print_source_weights(console: Console, weights: Tensor, names: Sequence[str]
     console.print(table)
 
 
+def print_quality(console: Console, quality: Mapping[str, float]) -> None:
+    """Say in one line how well the weights tell good from bad data."""
+    if "good_source_weight" in quality:
+        console.print(f"The good sources hold {quality['good_source_weight']:.1%} of all weight.")
+    if "noise_auc" in quality:
+        console.print(f"A clean example outweighs a corrupted one with probability {quality['noise_auc']:.3f} (AUC).")
+
+
 def print_example_weights(console: Console, weights: Tensor, is_clean: Tensor | None) -> None:
     """Show the distribution of the learned example weights, of clean and corrupted examples apart."""
     table = Table(title="learned example weights", title_justify="left", box=None)
@@ -63,6 +72,23 @@ def print_example_weights(console: Console, weights: Tensor, is_clean: Tensor | 
             numbers = (part.min(), part.median(), part.max())
             style = {"clean": GOOD, "corrupted": BAD}.get(name, PLAIN)
             table.add_row(Text(name, style=style), str(len(part)), *(f"{float(n):.3f}" for n in numbers))
+    console.print(table)
+
+
+def print_meta_params(console: Console, tensors: Mapping[str, Tensor]) -> None:
+    """Show small meta-parameters entry by entry, with the last hypergradient; of large ones, their range."""
+    table = Table(title="meta-parameters", title_justify="left", box=None)
+    table.add_column("name")
+    table.add_column("value", justify="right")
+    table.add_column("last hypergradient", justify="right")
+    for name, tensor in tensors.items():
+        values, gradient = tensor.detach().flatten(), None if tensor.grad is None else tensor.grad.flatten()
+        if len(values) <= SMALL:
+            for i, value in enumerate(values.tolist()):
+                table.add_row(f"{name}[{i}]", f"{value:.6g}", "—" if gradient is None else f"{float(gradient[i]):+.6e}")
+        else:
+            spread = f"{float(values.min()):.4g} … {float(values.max()):.4g}"
+            table.add_row(f"{name} ({len(values)})", spread, "—" if gradient is None else f"norm {gradient.norm():.3e}")
     console.print(table)
 
 
@@ -108,7 +134,8 @@ def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(steps, [record[key] for record in records], linewidth=0.8, alpha=0.6, label=label)
     axes.plot(steps, [record["meta_loss"] for record in records], color="black", linewidth=1.4, label="meta-loss")
     axes.set(xlabel="meta-step", ylabel="loss (nats)", title="Meta-loss")
-    axes.set_ylim(bottom=0)
+    if axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     _save(figure, path)
 
@@ -121,8 +148,8 @@ def plot_source_weights(weights: Tensor, names: Sequence[str], good: Tensor | No
     colours = [PLAIN if good is None else GOOD if bool(good[i]) else BAD for i in range(len(share))]
     axes.barh(labels, share, color=colours)
     axes.axvline(1 / len(share), color="grey", linewidth=0.8, linestyle=":")
-    axes.text(1 / len(share), len(share) - 0.4, " uniform", color="grey", fontsize=8, va="bottom")
     axes.invert_yaxis()
+    axes.text(1 / len(share), axes.get_ylim()[1], "uniform", color="grey", fontsize=8, ha="center", va="bottom")
     axes.set(xlabel="share of all weight", title="Learned weight of each source")
     if good is not None:
         for label, mark in zip(axes.get_yticklabels(), good.tolist(), strict=True):
@@ -139,7 +166,7 @@ def plot_example_weights(weights: Tensor, is_clean: Tensor | None, path: Path) -
     else:
         axes.hist(weights[is_clean].numpy(), bins=bins, color=GOOD, alpha=0.7, label="clean")
         axes.hist(weights[~is_clean].numpy(), bins=bins, color=BAD, alpha=0.7, label="corrupted")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper center")
     axes.set(xlabel="learned weight", ylabel="training examples", title="Learned example weights")
     _save(figure, path)
 

@@ -22,13 +22,14 @@ from metaopt.check import check_hypergradient
 from metaopt.config import as_yaml
 from metaopt.data.bundle import DataBundle
 from metaopt.final import retrain, scored, weight_quality, weights_of
-from metaopt.meta_params import Uniform
+from metaopt.meta_params import Uniform, named_tensors
 from metaopt.objectives import MetaObjective
 from metaopt.tracking import RunFolder, progress_bar
 from metaopt.trainer import MetaResult, MetaTrainer
 
 NUM_ANSWERS = 6
 NUM_PICTURED = 20
+FEW = 4  # entries of a meta-parameter that are checked one by one
 WIDTH = 110
 
 
@@ -87,7 +88,9 @@ class Run:
         trainer, config = self.trainer, self.config.trainer
         if config.check_first_step and trainer.learns and config.meta_steps:
             objective, batch = cast(MetaObjective, trainer.objective), trainer.next_batch()
-            check = check_hypergradient(trainer.chain, objective, batch, trainer.meta_params, seed=config.seed)
+            small = {n: range(t.numel()) for n, t in named_tensors(trainer.meta_params).items() if t.numel() <= FEW}
+            parts = (trainer.chain, objective, batch, trainer.meta_params)
+            check = check_hypergradient(*parts, coordinates=small, seed=config.seed)
             report.print_check(self.console, check)
 
     # --- the outer loop -----------------------------------------------------------------------------------------
@@ -148,14 +151,18 @@ class Run:
             answers[name] = data.answers(trained[stage], data.test, NUM_ANSWERS)
 
     def _show_weights(self) -> None:
-        found = weights_of(self.trainer.meta_params) if self.trainer.learns else None
+        if not self.trainer.learns:
+            return
+        found = weights_of(self.trainer.meta_params)
         if found is None:
+            report.print_meta_params(self.console, named_tensors(self.trainer.meta_params))
             return
         key, weights = found
         if key == "source":
             report.print_source_weights(self.console, weights, self.data.source_names, self.data.good_sources)
         else:
             report.print_example_weights(self.console, weights, self.data.is_clean)
+        report.print_quality(self.console, self.metrics)
 
     def save(self) -> None:
         """Write the meta-parameters and the plots."""

@@ -106,7 +106,6 @@ def test_an_option_for_one_stage() -> None:
         "_target_": "torch.optim.SGD",
         "_partial_": True,
         "lr": 0.05,
-        "momentum": 0.9,
     }
 
 

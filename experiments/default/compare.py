@@ -107,7 +107,8 @@ def best_of_rates(
     factors: Sequence[float],
 ) -> tuple[dict[str, float], float, Chain]:
     """Train with each learning rate, choose on selection, read test once; return its metrics, the factor, the chain."""
-    assert bundle.score is not None and bundle.selection_metric is not None
+    assert bundle.score is not None
+    assert bundle.selection_metric is not None
     steps = build.stage_steps(config, config.trainer.meta_steps)
     best: tuple[float, float, Chain, Any] | None = None
     for factor in factors:
@@ -163,8 +164,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def show(console: Console, runs: Sequence[Mapping[str, Any]]) -> None:
     metric = runs[0]["metric"]
-    table = Table(title=f"test {metric.replace('_', ' ')}, {len(runs)} seeds", title_justify="left")
-    for column in ("weights", "mean ± standard error", "paired gain over uniform", "verdict", "learning rates (×)"):
+    table = Table(
+        title=f"test {metric.replace('_', ' ')}, {len(runs)} seeds; gain over uniform weights", title_justify="left"
+    )
+    for column in ("weights", "mean ± std. error", "paired gain", "verdict", "learning rates (×)"):
         table.add_column(column)
     base = [run["trainings"][UNIFORM][metric] for run in runs]
     for name in runs[0]["trainings"]:
@@ -180,7 +183,9 @@ def show(console: Console, runs: Sequence[Mapping[str, Any]]) -> None:
         mean, error = mean_and_error([run["weights"][key] for run in runs])
         console.print(f"{key.replace('_', ' ')}: {mean:.3f} ± {error:.3f}")
     flops = [statistics.fmean(run["flops"][key] for run in runs) for key in ("meta_training", "same_inner_steps_plain")]
-    console.print(f"flops of meta-training: {flops[0]:.2e}, {flops[0] / flops[1]:.2f} × the same inner steps by plain training")
+    console.print(
+        f"flops of meta-training: {flops[0]:.2e}, {flops[0] / flops[1]:.2f} × the same inner steps by plain training"
+    )
 
 
 def main() -> None:

@@ -85,7 +85,9 @@ def median_times(num_steps: int, repeats: int = 3) -> tuple[float, float]:
 def main() -> None:
     torch.set_num_threads(1)
     median_times(2, repeats=1)  # the first optimizer and the first kernels cost extra
-    print(f"{'T per stage':>11}  {'metaopt':>9}  {'per step':>9}  {'higher by hand':>14}  {'per step':>9}  {'ratio':>5}")
+    print(
+        f"{'T per stage':>11}  {'metaopt':>9}  {'per step':>9}  {'higher by hand':>14}  {'per step':>9}  {'ratio':>5}"
+    )
     for num_steps in [int(argument) for argument in sys.argv[1:]] or [10, 20, 40]:
         ours, hand = median_times(num_steps)
         per = 1e3 / (2 * num_steps)
