@@ -1,4 +1,4 @@
-"""The check that is shipped to users: it agrees on right chains, catches wrong plug-ins, and says when it cannot tell."""
+"""The check that users get: it agrees on right chains, catches wrong plug-ins, and says when it cannot tell."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def check(chain: metaopt.Chain, meta_params: Any = None, objective: Any = None, 
     return metaopt.check_hypergradient(chain, objective, feature_batches(1, seed=8)[0], weights, **options)
 
 
+def distilled(optimizer: Any) -> metaopt.Chain:
+    """Two stages with dropout; without batch norm, whose running statistics carry no graph."""
+    return two_stages(optimizer, Network(0.3), Network(0.3))
+
+
 def verdicts(result: CheckResult) -> list[str]:
     return [row.verdict for row in result.rows]
 
@@ -45,7 +50,7 @@ def verdicts(result: CheckResult) -> list[str]:
 @pytest.mark.parametrize("optimizer", [MOMENTUM, functools.partial(ADAM, eps=1e-3)], ids=["momentum", "adam"])
 def test_a_right_chain_agrees(optimizer):
     """With dropout, through a warm optimizer; nothing of the user's moves."""
-    chain, weights = two_stages(optimizer, teacher=Network(0.3)), example_weights()
+    chain, weights = distilled(optimizer), example_weights()
     chain.commit(chain.unroll(weights))
     before, own = chain_state(chain), weights.logits.detach().clone()
     result = check(chain, weights, num_directions=2, coordinates={"logits": [0, 7]})
@@ -64,7 +69,7 @@ def test_a_right_chain_agrees(optimizer):
 
 
 def test_a_float32_chain_is_checked_in_float64():
-    chain, weights = two_stages(MOMENTUM).twin(torch.float32), example_weights().float()
+    chain, weights = distilled(MOMENTUM).twin(torch.float32), example_weights().float()
     result = check(chain, weights)
     assert result.ok, str(result)
     assert result.gradient["logits"].dtype == torch.float64
@@ -73,6 +78,8 @@ def test_a_float32_chain_is_checked_in_float64():
 
 def test_a_loss_with_tensors_of_its_own_is_cast_too():
     class Weighted(nn.Module):
+        of_class: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("of_class", torch.tensor([1.0, 2.0, 3.0]))
@@ -91,8 +98,8 @@ def test_an_objective_that_draws_random_numbers_is_held_still():
     def in_train_mode(trained: Any, batch: Any, meta_params: Any) -> Tensor:
         return F.cross_entropy(trained["only"].train()(batch["inputs"]), batch["labels"])
 
-    random = torch.get_rng_state()
-    result = check(one_stage(model=Network(0.5)), objective=in_train_mode)
+    chain, random = one_stage(model=Network(0.5)), torch.get_rng_state()
+    result = check(chain, objective=in_train_mode)
     assert result.ok, str(result)
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -157,7 +164,7 @@ def wrongly_scaled(model: Any, batch: Any, meta_params: Any, upstream: Any) -> T
 
 
 def with_stale_teacher() -> metaopt.Chain:
-    chain = two_stages(MOMENTUM)
+    chain = distilled(MOMENTUM)
     chain.stages["student"].loss = StaleTeacher("teacher")
     return chain
 
@@ -212,6 +219,14 @@ def test_a_float32_operation_inside_leaves_it_undecided():
     assert not result.ok
     assert "undecided: the difference is uncertain by" in str(result)
     assert "float32 operation" in result.remarks[0]
+
+
+def test_running_statistics_are_named_when_rows_differ():
+    """They carry no graph, so eval mode makes the pipeline depend on A in a way that no backward sees."""
+    result = check(two_stages(MOMENTUM, Network(batch_norm=True)))
+    assert not result.ok
+    assert "running statistics" in str(result)
+    assert "teacher.norm.running_mean" in str(result)
 
 
 def row(hypergradient: float, difference: float, uncertainty: float, tolerance: float = 1e-4) -> CheckRow:

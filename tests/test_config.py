@@ -61,14 +61,14 @@ def test_the_number_of_config_files() -> None:
         "data": 3,
         "debug": 1,
         "estimator": 1,
-        "experiment": 1,
+        "experiment": 2,
         "handover": 5,
         "loss": 2,
         "meta_optimizer": 3,
         "meta_params": 4,
         "model": 4,
         "objective": 2,
-        "optimizer": 4,
+        "optimizer": 5,
         "stage": 3,
     }
     assert len(FILES) == sum(groups.values()) + 3  # config, reference, the help text

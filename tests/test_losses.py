@@ -53,12 +53,9 @@ def by_hand(logits: Tensor, labels: Tensor) -> list[float]:
     """−log softmax(logits)[label] per example, mean over the positions that count."""
     losses = []
     for row, wanted in zip(logits.tolist(), labels.tolist(), strict=True):
-        steps = (
-            [(row, wanted)]
-            if isinstance(wanted, int)
-            else [(r, w) for r, w in zip(row, wanted, strict=True) if w != -100]
-        )
-        found = [math.log(sum(math.exp(z) for z in scores)) - scores[label] for scores, label in steps]
+        steps = [(row, wanted)] if isinstance(wanted, int) else list(zip(row, wanted, strict=True))
+        counted = [(scores, label) for scores, label in steps if label != -100]
+        found = [math.log(sum(math.exp(z) for z in scores)) - scores[label] for scores, label in counted]
         losses.append(sum(found) / max(len(found), 1))
     return losses
 
