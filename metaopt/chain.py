@@ -11,6 +11,7 @@ from torch import Tensor
 from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerResult
+from metaopt.losses import InnerLoss
 from metaopt.meta_params import AnyMetaParameters, named_tensors
 from metaopt.stage import Stage, move
 
@@ -68,6 +69,11 @@ class Chain:
                             f"stage {name!r}: {type(reader).__name__} reads stage {read!r}, which does not come before "
                             f"it{did_you_mean(read, earlier)}"
                         )
+            problem = None
+            if isinstance(stage.loss, InnerLoss):
+                problem = stage.loss.problem_with(stage.model, {above: stages[above].model for above in earlier})
+            if problem:
+                raise ConfigError(f"stage {name!r}: {problem}")
             earlier.append(name)
         self.stages = dict(stages)
         self._refuse_shared_parameters()

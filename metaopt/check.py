@@ -88,12 +88,14 @@ class CheckResult:
             worst = max(row.uncertainty for row in self.rows if row.verdict == "undecided")
             found.append(
                 f"undecided: the difference is uncertain by {worst:.1e} (rounding of the meta-loss, a float32 "
-                "operation inside a model, or a kink), which is too much beside the slope; neither right nor wrong is shown"
+                "operation inside a model, or a kink), which is too much beside the slope; neither right nor wrong "
+                "is shown"
             )
         if "differs" in verdicts and self.moved:
-            more = ", …" if len(self.moved) > 1 else ""
+            first, *rest = self.moved
+            more = ", …" if rest else ""
             found.append(
-                f"differs: training moves running statistics ({self.moved[0]}{more}) that eval mode reads; they carry "
+                f"differs: training moves running statistics ({first}{more}) that eval mode reads; they carry "
                 "no graph, so the difference holds a part that the hypergradient leaves out. Read that model in train "
                 "mode (trained[...].train()), or freeze its statistics"
             )

@@ -138,7 +138,11 @@ class FunctionalModel:
         buffers: name → tensor; a call works on clones and never changes them.
         training: the mode in which a call runs; `train()` and `eval()` give a view in the other one.
         optimizer_state: name → the inner optimizer's state of that parameter, detached.
+
+    Inside an inner loss, `step` counts the inner steps that the stage has taken since its start or last reset.
     """
+
+    step: int = 0
 
     def __init__(
         self,
@@ -159,6 +163,11 @@ class FunctionalModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(self.params, self._call_buffers(), self.training, args, kwargs)
+
+    @property
+    def config(self) -> Any:
+        """The module's own `config` (of Hugging Face models), or None."""
+        return getattr(self._structure.module, "config", None)
 
     def _call_buffers(self) -> Tensors:
         return {name: buffer.clone() for name, buffer in self.buffers.items()}

@@ -51,6 +51,7 @@ class InnerLoop:
         transform: applied to the step's gradients, by parameter name, before the optimizer.
         hyperparameters: t, meta-parameters → the step's overrides (schedule, learned rates).
         initial: meta-parameters, upstream → learned initial weights by name.
+        first_step: inner steps that the stage has taken before; a loss reads `model.step`.
         first_of_training: False for the later parts of a training that is run in parts: `initial` is over by then.
         owners: `id` → name of every parameter of the chain's own modules.
     """
@@ -66,6 +67,7 @@ class InnerLoop:
     hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]] = field(default=lambda t, meta_params: {})
     initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None
     first_of_training: bool = True
+    first_step: int = 0
     owners: Mapping[int, str] = field(default_factory=dict)
 
     @property
@@ -112,6 +114,7 @@ class InnerLoop:
         torch.clear_autocast_cache()  # it would keep the low-precision copy of a weight that has moved since
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         model = InnerModel(self.structure, params, buffers, training=True, call=call)
+        model.step = self.first_step + t
         with seeded(self.seeds[t], self.device):
             losses = [
                 require_scalar(self.loss(model, batch, meta_params, upstream), f"the loss of stage {self.name!r}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel
@@ -41,6 +41,15 @@ class InnerLoss(ABC):
             meta_params: as they were given to `chain.unroll`: one module or a named mapping.
             upstream: name → trained model, for every earlier stage, in eval mode.
         """
+
+    def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
+        """Say why this loss cannot work with these models, before any training; None if it can.
+
+        Args:
+            model: the stage's own module.
+            upstream: name → module of every earlier stage, in order.
+        """
+        return None
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -145,6 +154,43 @@ class FromUpstream(InnerLoss):
         """Return the upstream model that this loss learns from."""
         return find_upstream(upstream, self.upstream, type(self).__name__)
 
+    def taught(self, upstream: Upstream, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+        """Return what the upstream model says to these inputs, in the graph."""
+        teacher = self.teacher(upstream)
+        starts = ("decoder_input_ids", "decoder_inputs_embeds")
+        if getattr(teacher.config, "is_encoder_decoder", False) and not any(start in inputs for start in starts):
+            raise ConfigError(
+                f"{type(self).__name__}: the teacher is an encoder-decoder, and the batch holds no decoder_input_ids "
+                f"(it has: {', '.join(inputs)}); let the teacher write them: Stage(..., batches=handover.Decoded(...)) "
+                "or Generated(...); with a config: handover=decoded or generated"
+            )
+        return teacher(**inputs, **options)
+
+    def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
+        """Say so where teacher and student do not have the same classes, so that soft labels mean nothing."""
+        teacher = upstream.get(self.upstream or next(reversed(upstream), ""))
+        needs, has = (None if module is None else num_classes(module) for module in (teacher, model))
+        if needs is None or has is None or needs == has:
+            return None
+        return (
+            f"{type(self).__name__}: the teacher tells {needs} classes (tokens) apart, and the student {has}: soft "
+            "labels need the same vocabulary for both, token by token. Build both with the same tokenizer; across "
+            "tokenizers nothing but text can be handed over, and text carries no gradient"
+        )
+
+
+def num_classes(module: nn.Module) -> int | None:
+    """Return how many classes or tokens a model's logits tell apart, where it says so."""
+    try:
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):
+        head = None
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor):
+        return len(weight)
+    labels = getattr(module, "num_labels", None)
+    return labels if isinstance(labels, int) else None
+
 
 class Distillation(FromUpstream):
     """Learn from an upstream model's soft labels (Hinton et al., 2015, arXiv:1503.02531).
@@ -167,7 +213,7 @@ class Distillation(FromUpstream):
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
         inputs = model_inputs(batch)
-        target = logits_of(self.teacher(upstream)(**inputs))
+        target = logits_of(self.taught(upstream, inputs))
         return soft_label_loss(logits_of(model(**inputs)), target, batch.get("labels"), self.temperature)
 
 
@@ -212,7 +258,7 @@ class HiddenStates(FromUpstream):
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
         inputs = model_inputs(batch)
-        taught = self.teacher(upstream)(**inputs, output_hidden_states=True)
+        taught = self.taught(upstream, inputs, output_hidden_states=True)
         states = getattr(taught, "decoder_hidden_states", None)
         if states is None:
             raise StageError("HiddenStates: the upstream model returns no decoder_hidden_states; use Distillation")

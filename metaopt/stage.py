@@ -136,6 +136,7 @@ class Stage:
             transform=self.transform,
             hyperparameters=lambda t, meta_params: self._hyperparameters(t, offset + t, meta_params),
             first_of_training=offset == 0,
+            first_step=self._schedule_steps,
             initial=self.initial,
             owners=owners,
         )

@@ -86,12 +86,7 @@ def in_train_mode(trained: Any, batch: Any, meta_params: Any) -> Tensor:
     return torch.nn.functional.cross_entropy(trained["teacher"].train()(batch["inputs"]), batch["labels"])
 
 
-not_seeded = pytest.mark.xfail(reason="the objective's random state at a look is not the run's own")
-
-
-@pytest.mark.parametrize(
-    "objective", [None, pytest.param(in_train_mode, marks=not_seeded)], ids=["validation", "random"]
-)
+@pytest.mark.parametrize("objective", [None, in_train_mode], ids=["validation", "random"])
 def test_a_run_resumes_bitwise_from_any_meta_step(objective):
     """In another process: the state goes through a file, the objects are new, and torch's random state is another."""
     carry: dict[str, Any] = {"teacher": 2, "student": "never"}
