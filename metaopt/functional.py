@@ -114,7 +114,8 @@ _RECOMPUTES = (
 @contextmanager
 def _refusing_recomputation() -> Iterator[None]:
     """Raise if something inside the block asks to recompute saved tensors later, as `torch.utils.checkpoint` does."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # the user's own, around the unroll
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    if hooks is not None:  # the user's own, around the unroll
         yield
         return
     try:

@@ -24,6 +24,7 @@ from metaopt.optimizers import State, per_element
 
 Tensors = dict[str, Tensor]
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
+StateKey = tuple[str, str]  # (parameter; which piece of its optimizer state)
 
 
 class Sweep:
@@ -108,7 +109,7 @@ class Sweep:
         """Return the cotangents of the initial weights and of `others`."""
         names = self.loop.rule.names
         params: Tensors = {n: c for n, c in zip(names, cotangents, strict=True) if c is not None}
-        state: dict[Key, Tensor] = {}
+        state: dict[StateKey, Tensor] = {}
         others: dict[Key, Tensor] = {}
         plain = {name: t.detach() for (stage, name), t in self.others.items() if stage is None}
         for t in reversed(range(self.first, self.loop.num_steps)):
@@ -118,8 +119,8 @@ class Sweep:
         return (params if self.first == 0 else {}), others
 
     def _step_back(
-        self, t: int, record: StepRecord, params: Tensors, state: dict[Key, Tensor], others: dict[Key, Tensor]
-    ) -> tuple[Tensors, dict[Key, Tensor]]:
+        self, t: int, record: StepRecord, params: Tensors, state: dict[StateKey, Tensor], others: dict[Key, Tensor]
+    ) -> tuple[Tensors, dict[StateKey, Tensor]]:
         """Pull cotangents back through step t; those of `others` are added in place."""
         names = list(record.params)
         detached = [tensor.detach() for tensor in self.others.values()]
@@ -159,9 +160,9 @@ class Sweep:
         record: StepRecord,
         gradient: Mapping[str, Tensor | None],
         params: Tensors,
-        state: dict[Key, Tensor],
+        state: dict[StateKey, Tensor],
         others: dict[Key, Tensor],
-    ) -> tuple[Tensors, dict[Key, Tensor], Tensors]:
+    ) -> tuple[Tensors, dict[StateKey, Tensor], Tensors]:
         """Pull cotangents back through `update`: to the weights and state before it, and to the raw gradient."""
         present = {name: g for name, g in gradient.items() if g is not None}
         flowing = {(n, k): v for n, entry in record.state.items() for k, v in entry.items() if per_element(k, v)}

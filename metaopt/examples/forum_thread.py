@@ -36,10 +36,12 @@ def data() -> DataBundle:
         "index": torch.arange(2),
     }
     facts = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_length": 8}
-    streams = ("train", "unlabelled", "validation", "selection", "test")
     return DataBundle(
-        **{name: [batch] for name in streams},
-        sizes=dict.fromkeys(streams, 2),
+        train=[batch],
+        unlabelled=[batch],
+        validation=[batch],
+        selection=[batch],
+        test=[batch],
         facts={**facts, "max_target_length": 8, "num_examples": 2},
     )
 
