@@ -327,7 +327,9 @@ def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[s
         try:
             yield DifferentiableCopy(structure, names, fmodel, diffopt)
         finally:
-            fmodel._fast_params = []  # higher keeps every step's weights here until garbage collection
+            fmodel._fast_params = []  # higher refers in circles to every step's weights, and they to their graph
+            fmodel._parameters.clear()
+            diffopt.release()
 
 
 def _walk(loss: Tensor) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,50 +17,20 @@ import higher
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
-from metaopt.errors import ConfigError, StageError, did_you_mean
+from metaopt.errors import ConfigError, did_you_mean
+from metaopt.optimizer_kinds import SUPPORTED as SUPPORTED
+from metaopt.optimizer_kinds import carries_gradient as carries_gradient
+from metaopt.optimizer_kinds import kind_of
+from metaopt.optimizer_kinds import per_element as per_element
+from metaopt.optimizer_probe import probe
+from metaopt.schedules import Schedule as Schedule
+from metaopt.torch_step import plain, shallow, torch_step, tracked
 
 Tensors = dict[str, Tensor]
 State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of that parameter
-Overrides = Mapping[str, Any]  # hyperparameter → a value for all groups, or a list of one per group
-
-COUNTERS = ("step",)  # 0-dim state that all parameters of one age share; other state has the parameter's shape
-SUPPORTED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-
-
-class _Sqrt(torch.autograd.Function):
-    """Square root with slope 0 at 0, where Adam's first moment is 0 too: a dead unit must not yield NaN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)  # a path that is cut later on must stay None, not become zeros
-        root = x.sqrt()
-        ctx.save_for_backward(root)
-        return root
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-        (root,) = ctx.saved_tensors
-        return None if grads[0] is None else torch.where(root == 0, 0.0, grads[0] / (2 * root))
-
-
-class _StayInGraph(TorchFunctionMode):
-    """Three repairs of a torch optimizer's step that are the same for every optimizer.
-
-    `sqrt` has slope 0 at 0; `detach` (SGD's first momentum buffer) keeps the graph; new 0-dim state (`step`) is
-    float64, since torch's own non-differentiable step computes `beta ** step` in Python floats.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.sqrt, torch.sqrt) and args[0].requires_grad:
-            return _Sqrt.apply(args[0])
-        if func in (torch.Tensor.detach, torch.detach):
-            return args[0].view_as(args[0])
-        out = func(*args, **(kwargs or {}))
-        if func is torch.tensor and out.dim() == 0 and out.is_floating_point():
-            return out.double()
-        return out
+# Hyperparameter → a value for all groups, a list of one per group, or a mapping from parameter names
+Overrides = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,7 +53,7 @@ class UpdateRule:
     """
 
     def __init__(self, optimizer: Optimizer, params: Mapping[str, torch.nn.Parameter]) -> None:
-        _refuse_unsupported(optimizer)
+        self._kind = kind_of(optimizer)
         self.optimizer = optimizer
         names = {id(p): name for name, p in params.items()}
         for group in optimizer.param_groups:
@@ -99,6 +69,8 @@ class UpdateRule:
         self.names = [name for members in self._members for name in members]
         if not self.names:
             raise ConfigError(f"{type(optimizer).__name__} has no parameter that requires grad: nothing to train")
+        if not self._kind.is_torch_s:
+            probe(optimizer, self._kind)
 
     @property
     def groups(self) -> list[Group]:
@@ -116,22 +88,52 @@ class UpdateRule:
     def check_overrides(self, overrides: Overrides) -> None:
         """Raise for hyperparameters that the optimizer does not have, and for ones that cannot be learned."""
         for key, value in overrides.items():
-            known = [k for k in self.optimizer.param_groups[0] if k != "params"]
-            if key not in known:
-                raise ConfigError(
-                    f"overrides: {type(self.optimizer).__name__} has no hyperparameter {key!r}"
-                    f"{did_you_mean(key, known)}"
-                )
-            values = value if isinstance(value, list) else [value]
+            self._check_known(key)
             if isinstance(value, list) and len(value) != len(self._members):
                 raise ConfigError(
                     f"overrides: {key!r} has {len(value)} values for {len(self._members)} parameter groups; "
                     "give one value, or a list of one per group"
                 )
-            if key != "lr" and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+            unknown = [name for name in value if name not in self.names] if isinstance(value, Mapping) else []
+            if unknown:
                 raise ConfigError(
-                    f"overrides: {key!r} is a tensor that requires grad; only 'lr' can be learned so far; pass a float"
+                    f"overrides: {key!r} names {unknown[0]!r}, which is no trained parameter"
+                    f"{did_you_mean(unknown[0], self.names)}"
                 )
+            for learned in _learned(value):
+                self._check_learnable(key, learned)
+
+    def _check_known(self, key: str) -> None:
+        known = [k for k in self.optimizer.param_groups[0] if k != "params"]
+        if key not in known:
+            raise ConfigError(
+                f"overrides: {type(self.optimizer).__name__} has no hyperparameter {key!r}{did_you_mean(key, known)}"
+            )
+
+    def _check_learnable(self, key: str, value: Tensor) -> None:
+        name = type(self.optimizer).__name__
+        if key not in self._kind.learnable:
+            reason = (self._kind.reasons or {}).get(key)
+            can = f"{name} can learn {', '.join(self._kind.learnable) or 'none'}"
+            raise ConfigError(
+                f"overrides: {key!r} is a tensor that requires grad, and cannot be learned"
+                f"{f' ({reason})' if reason else ''}; {can}; pass a float"
+            )
+        if value.numel() != 1:
+            raise ConfigError(
+                f"overrides: {key!r} has shape {list(value.shape)}; give one number, a list of one per parameter "
+                "group, or a mapping from parameter names to numbers"
+            )
+        if key == "momentum" and not value.item() > 0:
+            raise ConfigError(
+                f"overrides: a learned momentum is {value.item()}, and at 0 torch keeps no momentum buffer; keep it "
+                "above 0 (a sigmoid does)"
+            )
+
+    def check_learnable(self, key: str) -> None:
+        """Raise if a hyperparameter of this optimizer cannot be learned; before any training."""
+        self._check_known(key)
+        self._check_learnable(key, torch.tensor(1.0))
 
     def step(
         self,
@@ -143,58 +145,66 @@ class UpdateRule:
         """Return the parameters and the state after one step, in the graph of all that goes in.
 
         A parameter without a gradient stays as it is, as in torch. A learned rate η enters as `θ + η (θ₁ − θ)`, where
-        θ₁ is what a step of rate 1 gives: exact, since these optimizers' steps are linear in η.
+        θ₁ is what a step of rate 1 gives: exact for optimizers whose step is linear in η, and right at η = 0.
         """
-        self.check_overrides(overrides or {})
+        overrides = overrides or {}
+        self.check_overrides(overrides)
+        linear = self._kind.linear_in_rate
         new_params, new_state = dict(params), dict(state)
-        for group in _with_overrides(self.groups, overrides):
+        for group in _with_overrides(self.groups, overrides, together=("lr",) if linear else ()):
             names = [name for name in group.names if gradients.get(name) is not None]
-            rate, scale = _learned_rate(group.hyperparameters["lr"])
-            hyperparameters = {**group.hyperparameters, "lr": rate}
-            for bucket in _buckets(names, params, state):
+            scales = _learned_rates(group) if linear else None
+            hyperparameters = {k: tracked(v) for k, v in group.hyperparameters.items()}
+            hyperparameters |= {} if scales is None else {"lr": 1.0}
+            for bucket in self._buckets(names, params, state):
                 flat = _Flat(bucket, params)
-                moved, moved_state = self._step_one(
-                    hyperparameters, flat.join(params), flat.join(gradients), flat.join_state(state)
+                moved, moved_state = torch_step(
+                    self.optimizer,
+                    self._kind.step,
+                    hyperparameters,
+                    flat.join(params),
+                    flat.join(gradients),
+                    flat.join_state(state),
                 )
                 new_state.update(flat.split_state(moved_state))
                 for name, after in flat.split(moved).items():
-                    new_params[name] = after if scale is None else params[name] + scale * (after - params[name])
+                    before = params[name]
+                    new_params[name] = after if scales is None else before + scales[name] * (after - before)
         return new_params, new_state
 
-    def _step_one(
-        self, hyperparameters: dict[str, Any], param: Tensor, gradient: Tensor | None, state: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Run torch's own `step()` on one tensor that stays in the graph."""
-        param = param.clone()
-        param.grad = gradient
-        group = {
-            **hyperparameters,
-            "differentiable": True,
-            "foreach": False,
-            "fused": None,
-            "capturable": False,
-        }
-        group = {k: v for k, v in group.items() if k in hyperparameters}
-        stepper = _shallow(self.optimizer, [{**group, "params": [param]}], differentiable=True)
-        if state:
-            stepper.state[param] = {k: _stepped_on(k, v) for k, v in state.items()}
-        with _StayInGraph():
-            stepper.step()
-        return param, dict(stepper.state[param])
+    def _buckets(self, names: Sequence[str], params: Tensors, state: State) -> Iterator[list[str]]:
+        """Group parameters that one step on their concatenation treats alike: dtype, device, state keys, step count."""
+        found: dict[Any, list[str]] = defaultdict(list)
+        for name in names:
+            shared = tuple(
+                (k, v.item() if isinstance(v, Tensor) and not per_element(k, v) else None)
+                for k, v in state.get(name, {}).items()
+            )
+            alone = None if self._kind.elementwise else name
+            found[alone, params[name].dtype, params[name].device, shared].append(name)
+        yield from found.values()
 
     def set_hyperparameters(self, bound: Optimizer, overrides: Overrides) -> None:
         """Give a bound optimizer the hyperparameters of one step, as plain values; the rest are the user's own."""
         self.check_overrides(overrides)
-        for group, spec in zip(bound.param_groups, _with_overrides(self.groups, overrides), strict=True):
-            values = spec.hyperparameters.items()
-            group.update({k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in values})
+        groups = _with_overrides(self.groups, overrides)
+        values = [{k: plain(v) for k, v in group.hyperparameters.items()} for group in groups]
+        if bound is self.optimizer:
+            for group, given in zip(bound.param_groups, values, strict=True):
+                group.update(given)
+            return
+        by_name = dict(zip(self.names, (p for group in bound.param_groups for p in group["params"]), strict=True))
+        bound.param_groups = [
+            {**given, "params": [by_name[name] for name in group.names]}
+            for group, given in zip(groups, values, strict=True)
+        ]
 
     def bind(self, params: Tensors, state: State) -> Optimizer:
         """Return torch's own optimizer over other leaf tensors, warm with `state`: the step without a graph."""
         groups = [{**g.hyperparameters, "params": [params[n] for n in g.names]} for g in self.groups]
-        bound = _shallow(self.optimizer, groups)
+        bound = shallow(self.optimizer, groups)
         for name, entry in state.items():
-            bound.state[params[name]] = {k: _as_torch_keeps(k, v) for k, v in entry.items()}
+            bound.state[params[name]] = {k: _private(v) for k, v in entry.items()}
         return bound
 
     def read(self, bound: Optimizer, params: Tensors) -> State:
@@ -205,41 +215,9 @@ class UpdateRule:
         """Put a trained state into the user's own optimizer."""
         for name, param in self._params.items():
             if name in state:
-                self.optimizer.state[param] = {k: _as_torch_keeps(k, v) for k, v in state[name].items()}
+                self.optimizer.state[param] = {k: _private(v) for k, v in state[name].items()}
             elif name in self.names:
                 self.optimizer.state.pop(param, None)
-
-
-class Schedule:
-    """A learning-rate schedule as a function of the step: any `torch.optim.lr_scheduler` without a metric.
-
-    Args:
-        factory: optimizer → scheduler, for example `functools.partial(StepLR, step_size=10)`.
-        optimizer: the user's optimizer, whose groups at this moment are the schedule's start.
-    """
-
-    def __init__(self, factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
-        groups = [{**group, "params": [torch.zeros(1)]} for group in copy.copy(optimizer.param_groups)]
-        self._shadow = _shallow(optimizer, groups)
-        self._scheduler = factory(self._shadow)
-        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ConfigError(
-                "schedule: ReduceLROnPlateau needs a metric; use a schedule that depends on the step only"
-            )
-        self._values = [self._read()]
-
-    def _read(self) -> dict[str, list[Any]]:
-        groups = self._shadow.param_groups
-        keys = [k for k in ("lr", "momentum", "betas") if k in groups[0]]
-        return {key: [group[key] for group in groups] for key in keys}
-
-    def at(self, step: int) -> dict[str, list[Any]]:
-        """Return the hyperparameters of the given step as overrides, one value per group."""
-        while len(self._values) <= step:
-            self._shadow.step()  # torch warns when a schedule moves before its optimizer
-            self._scheduler.step()
-            self._values.append(self._read())
-        return self._values[step]
 
 
 class HigherOptimizer:
@@ -264,6 +242,10 @@ class DifferentiableTorchOptimizer(higher.optim.DifferentiableOptimizer):
         self._rule: UpdateRule = other.rule
         self.named_state: State = other.initial
         self._overrides: Overrides = {}
+
+    def release(self) -> None:
+        """Let go of weights and state, which would keep the graph alive until the next garbage collection."""
+        self.param_groups, self.named_state, self._fmodel = [], {}, None
 
     def _apply_override(self, override: Any) -> None:
         self._overrides = override
@@ -309,79 +291,40 @@ class _Flat:
         return {name: {k: part[name] for k, part in parts.items()} for name in self._names}
 
 
-def _buckets(names: Sequence[str], params: Tensors, state: State) -> Iterator[list[str]]:
-    """Group parameters that one step on their concatenation treats alike: dtype, device, state keys, step count."""
-    found: dict[Any, list[str]] = defaultdict(list)
-    for name in names:
-        entry = state.get(name, {})
-        shared = tuple((k, None if per_element(k, v) or v is None else float(v)) for k, v in entry.items())
-        found[params[name].dtype, params[name].device, shared].append(name)
-    yield from found.values()
-
-
-def per_element(key: str, value: Any) -> bool:
-    """Whether a piece of optimizer state has the shape of its parameter, and so carries a cotangent."""
-    return isinstance(value, Tensor) and key not in COUNTERS
-
-
 def _private(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _stepped_on(key: str, value: Any) -> Any:
-    """A copy that the step may change in place; counters in float64 (`.double()` of a float64 would alias)."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if per_element(key, value) else value.clone().to(torch.float64)
+def _learned(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a graph that an override holds."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for part in parts:
+        yield from _learned(part)
 
 
-def _as_torch_keeps(key: str, value: Any) -> Any:
-    """A detached copy; counters in the dtype in which torch itself keeps them, the default one."""
-    if not isinstance(value, Tensor):
-        return value
-    copied = value.detach().clone()
-    return copied if per_element(key, value) else copied.to(torch.get_default_dtype())
-
-
-def _shallow(optimizer: Optimizer, groups: list[dict[str, Any]], differentiable: bool = False) -> Optimizer:
-    """An optimizer of the same class over other groups, without running its constructor."""
-    other = copy.copy(optimizer)
-    other.state = defaultdict(dict)
-    other.param_groups = groups
-    other.defaults = {**optimizer.defaults, "differentiable": differentiable}
-    return other
-
-
-def _with_overrides(groups: list[Group], overrides: Overrides | None) -> list[Group]:
+def _with_overrides(groups: list[Group], overrides: Overrides, together: Sequence[str] = ()) -> list[Group]:
+    """Return the groups of one step; one that gets values by parameter name is split, but for keys in `together`."""
     out = []
     for i, group in enumerate(groups):
-        values = {k: v[i] if isinstance(v, list) else v for k, v in (overrides or {}).items()}
-        out.append(Group({**group.hyperparameters, **values}, group.names))
+        values = {k: v[i] if isinstance(v, list) else v for k, v in overrides.items()}
+        mapped = {k: v for k, v in values.items() if isinstance(v, Mapping)}
+        split = any(k not in together for k in mapped)
+        for names in [(name,) for name in group.names] if split else [group.names]:
+            own = {
+                k: {n: v.get(n, group.hyperparameters[k]) for n in names} if not split else v[names[0]]
+                for k, v in mapped.items()
+                if not split or names[0] in v
+            }
+            given = {k: v for k, v in values.items() if k not in mapped}
+            out.append(Group({**group.hyperparameters, **given, **own}, names))
     return out
 
 
-def _learned_rate(rate: Any) -> tuple[Any, Tensor | None]:
-    """Return the rate that torch steps with, and the learned rate that scales that step, if there is one."""
-    if not isinstance(rate, Tensor):
-        return rate, None
-    return (1.0, rate) if rate.requires_grad else (rate.item(), None)
-
-
-def _refuse_unsupported(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigError(
-            f"the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer over the stage's model, or "
-            "a callable that makes one from parameters: functools.partial(torch.optim.Adam, lr=1e-3)"
-        )
-    if type(optimizer) not in SUPPORTED:
-        names = ", ".join(cls.__name__ for cls in SUPPORTED)
-        raise ConfigError(
-            f"{type(optimizer).__name__} is not among the inner optimizers whose hypergradient is proven ({names}); "
-            "use one of these, for example functools.partial(torch.optim.AdamW, lr=1e-3)"
-        )
-    hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-    if hooks:
-        raise StageError(
-            f"{type(optimizer).__name__} has {hooks} step hook(s), which the differentiable step would not run; remove "
-            "them, and give what changes gradients as Stage(..., transform=...)"
-        )
+def _learned_rates(group: Group) -> dict[str, Any] | None:
+    """Return by name the learned rates that scale a step of rate 1, or None where nothing is learned."""
+    rate = group.hyperparameters["lr"]
+    if isinstance(rate, Mapping):
+        return dict(rate)
+    return dict.fromkeys(group.names, rate) if isinstance(rate, Tensor) and rate.requires_grad else None

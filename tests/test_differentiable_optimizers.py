@@ -1,14 +1,17 @@
 """Every supported inner optimizer and option is torch's own, and is differentiated: cold and from a used optimizer.
 
-A table over optimizers × options in float64. Trajectory: at most 1e-12 from plain `torch.optim`. Hypergradient: at
-most 1e-12 from the hand-written formulas and 1e-8 from central differences of the plain run.
+The table of `experiments/optimizers/run.py`, over optimizers × options in float64. Trajectory: at most 1e-12 from plain
+`torch.optim`. Hypergradient, by `Unrolled` and `Checkpointed`: at most 1e-12 from the hand-written formulas where there
+is one, and 1e-8 from central differences of the plain run.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import library
 import pytest
@@ -21,66 +24,70 @@ from torch import nn
 
 import metaopt
 from metaopt.estimators import Checkpointed
-from metaopt.optimizers import SUPPORTED
+from metaopt.optimizer_kinds import REFUSED, SUPPORTED
 
-SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+SGD, ADAM = torch.optim.SGD, torch.optim.Adam
+EXPERIMENT = runpy.run_path(str(Path(__file__).parent.parent / "experiments" / "optimizers" / "run.py"))
 CASES = {
-    "sgd": (SGD, {"lr": 0.1}),
-    "sgd-momentum": (SGD, {"lr": 0.1, "momentum": 0.9}),
-    "sgd-dampening": (SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.4}),
-    "sgd-nesterov": (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    "sgd-decay": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}),
-    "sgd-maximize": (SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.2, "maximize": True}),
-    "adam": (ADAM, {"lr": 0.03}),
-    "adam-eps": (ADAM, {"lr": 0.03, "eps": 0.1}),
-    "adam-betas": (ADAM, {"lr": 0.03, "betas": (0.5, 0.8), "eps": 1e-3}),
-    "adam-decay": (ADAM, {"lr": 0.03, "weight_decay": 0.2}),
-    "adam-amsgrad": (ADAM, {"lr": 0.03, "betas": (0.5, 0.5), "amsgrad": True}),
-    "adam-maximize": (ADAM, {"lr": 0.03, "maximize": True, "eps": 1e-2}),
-    "adam-decoupled": (ADAM, {"lr": 0.03, "decoupled_weight_decay": True, "weight_decay": 0.3}),
-    "adamw": (ADAMW, {"lr": 0.03}),
-    "adamw-decay": (ADAMW, {"lr": 0.03, "weight_decay": 0.5, "eps": 1e-2}),
-    "adamw-amsgrad": (ADAMW, {"lr": 0.03, "betas": (0.5, 0.5), "amsgrad": True, "eps": 1e-2}),
-    "adamw-maximize": (ADAMW, {"lr": 0.03, "maximize": True, "eps": 1e-2}),
+    f"{kind.__name__}({', '.join(f'{k}={v}' for k, v in options.items())})": (kind, options)
+    for kind, variants in EXPERIMENT["OPTIONS"].items()
+    for options in variants
 }
+# torch's own foreach ASGD rounds its rate, a float32, otherwise than its loop: they differ by 3e-9.
+LOOSE = {"ASGD(lr=0.1, foreach=True)": (1e-8, 1e-7)}
 table = pytest.mark.parametrize("case", CASES)
 warmth = pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 
 
 def problem_of(case, warm=False):
     kind, options = CASES[case]
-    return small_network(functools.partial(kind, **options), warm)
+    problem = small_network(functools.partial(kind, **options), warm)
+    return problem.with_stage("only", num_steps=EXPERIMENT["steps_of"](kind))
 
 
 def weights(trained):
     return {name: value.detach() for name, value in trained["only"].params.items()}
 
 
-def test_the_table_covers_every_supported_optimizer():
-    assert {kind for kind, _ in CASES.values()} == set(SUPPORTED) == set(FORMULAS)
+def test_the_table_covers_every_supported_optimizer_and_documented_option():
+    assert set(EXPERIMENT["OPTIONS"]) == set(SUPPORTED) >= set(FORMULAS)
+    for kind, variants in EXPERIMENT["OPTIONS"].items():
+        documented = set(kind([nn.Parameter(torch.zeros(1))]).defaults)
+        untried = documented - {"lr", "differentiable", "capturable"} - {key for options in variants for key in options}
+        # fused: where torch has it, in the table for SGD, Adam, AdamW, Adagrad
+        assert not untried - {"fused", "decoupled_weight_decay", "foreach"}, (kind, untried)
 
 
 @table
 @warmth
-def test_trajectory_is_torch_s(case, warm):
+def test_the_table(case, warm):
+    """Trajectory and hypergradient of one optimizer with one set of options, from one start."""
+    near, close = LOOSE.get(case, (1e-12, 1e-8))
     problem = problem_of(case, warm)
     plain = weights(train_plainly(problem.chain, problem.phi))
-    chain = library.as_chain(problem)
-    assert relative_error(weights(chain.unroll(problem.phi)), plain) < 1e-12
+    chain, swept = library.as_chain(problem), library.as_chain(problem, estimator=Checkpointed())
+    assert relative_error(weights(chain.unroll(problem.phi)), plain) < near
+    assert relative_error(weights(swept.unroll(problem.phi)), plain) < 1e-15
     assert relative_error(weights(chain.train(problem.phi)), plain) < 1e-15
-    model = problem.chain["only"].model
-    assert relative_error(plain, {n: p.detach() for n, p in model.named_parameters()}) > 1e-2
+    start = {n: p.detach() for n, p in problem.chain["only"].model.named_parameters()}
+    assert relative_error(plain, start) > 1e-3
+    found = library.hypergradient(problem)
+    assert difference_error(found, problem, num_random=1) < close
+    if problem.chain["only"].private_copy()[1].__class__ in FORMULAS:
+        assert relative_error(found, hypergradient(problem)) < 1e-12
+    assert relative_error(library.hypergradient(problem, swept), found) < max(close, 1e-12) if case in LOOSE else 1e-12
 
 
-@table
-@warmth
-def test_hypergradient_is_exact(case, warm):
-    problem = problem_of(case, warm)
-    found, exact = library.hypergradient(problem), hypergradient(problem)
-    assert relative_error(found, exact) < 1e-12
-    assert difference_error(found, problem, coordinates=[("values", 1)]) < 1e-8
-    swept = library.hypergradient(problem, library.as_chain(problem, estimator=Checkpointed()))
-    assert relative_error(swept, exact) < 1e-12
+def test_the_command_prints_that_table():
+    row = EXPERIMENT["measure"](torch.optim.NAdam, {"lr": 0.03}, True)
+    assert str(row).startswith("| NAdam | lr=0.03 | warm | ")
+    assert row.trajectory < 1e-12
+    assert max(row.unrolled, row.checkpointed) < 1e-8
+    readme = (Path(__file__).parent.parent / "experiments" / "optimizers" / "README.md").read_text()
+    for case in EXPERIMENT["cases"]():
+        kind, options, warm = case
+        shown = ", ".join(f"{key}={value}" for key, value in options.items())
+        assert f"| {kind.__name__} | {shown} | {'warm' if warm else 'cold'} |" in readme
 
 
 def state_of(optimizer):
@@ -88,7 +95,7 @@ def state_of(optimizer):
     return {(slot, key): value for slot, entry in entries for key, value in entry.items() if value is not None}
 
 
-@table
+@pytest.mark.parametrize("case", [case for case in CASES if case not in LOOSE])
 def test_optimizer_state_is_torch_s_after_a_commit(case):
     problem = problem_of(case)
     training = problem.chain["only"]
@@ -175,7 +182,17 @@ class Branching(nn.Module):
         return self.always(inputs).tanh() + (self.sometimes(inputs) if inputs[0, 0] > 0 else 0)
 
 
-@pytest.mark.parametrize("case", ["sgd-decay", "adam-decay", "adamw-amsgrad"])
+WAITING = [
+    "SGD(lr=0.1, momentum=0.9, weight_decay=0.2)",
+    "Adam(lr=0.03, weight_decay=0.2)",
+    "AdamW(lr=0.03, betas=(0.5, 0.5), amsgrad=True, eps=0.01)",
+    "NAdam(lr=0.03, weight_decay=0.2)",
+    "Adagrad(lr=0.1, weight_decay=0.2)",
+    "ASGD(lr=0.1, weight_decay=0.2)",
+]
+
+
+@pytest.mark.parametrize("case", WAITING)
 @pytest.mark.parametrize("entries", [(-1.0, 1.0), (1.0, -1.0)], ids=["late", "early"])
 def test_a_parameter_without_gradient_waits_as_in_torch(case, entries):
     torch.manual_seed(0)
@@ -185,41 +202,142 @@ def test_a_parameter_without_gradient_waits_as_in_torch(case, entries):
     plain = weights(train_plainly(problem.chain, problem.phi))
     assert relative_error(weights(library.as_chain(problem).unroll(problem.phi)), plain) < 1e-12
     found = library.hypergradient(problem)
-    assert relative_error(found, hypergradient(problem)) < 1e-12
+    if CASES[case][0] in FORMULAS:
+        assert relative_error(found, hypergradient(problem)) < 1e-12
     assert difference_error(found, problem, num_random=1) < 1e-8
+    swept = library.hypergradient(problem, library.as_chain(problem, estimator=Checkpointed()))
+    assert relative_error(swept, found) < 1e-12
 
 
-REFUSED = [
-    functools.partial(kind, lr=0.1)
-    for kind in (
-        torch.optim.Adagrad,
-        torch.optim.RMSprop,
-        torch.optim.Adadelta,
-        torch.optim.Adamax,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.ASGD,
-        torch.optim.Rprop,
-        torch.optim.LBFGS,
-        torch.optim.Adafactor,
-    )
-]
+@pytest.mark.parametrize("name", [name for name in REFUSED if hasattr(torch.optim, name)])
+def test_what_torch_cannot_differentiate_is_refused_with_its_own_reason(name):
+    factory = {
+        "Muon": lambda params: torch.optim.Muon([p for p in params if p.dim() == 2]),
+    }.get(name, getattr(torch.optim, name))
+    with pytest.raises(
+        metaopt.ConfigError, match=rf"{name} cannot train a stage: .*use one of SGD, .*partial\("
+    ) as told:
+        library.as_chain(small_network(factory))
+    assert REFUSED[name] in str(told.value)
 
 
-@pytest.mark.parametrize("factory", REFUSED, ids=lambda f: f.func.__name__)
-def test_an_optimizer_that_is_not_proven_is_refused_by_name(factory):
-    with pytest.raises(metaopt.ConfigError, match=rf"{factory.func.__name__}.*\(SGD, Adam, AdamW\).*partial\("):
+def test_every_torch_optimizer_is_either_supported_or_refused():
+    classes = {c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    unknown = {c.__name__ for c in classes - set(SUPPORTED) - {torch.optim.Optimizer}} - set(REFUSED)
+    assert not unknown
+
+
+def test_a_rate_that_requires_grad_inside_the_optimizer_is_refused():
+    factory = functools.partial(ADAM, lr=torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(metaopt.ConfigError, match=r"'lr' that requires grad.*overrides="):
         library.as_chain(small_network(factory))
 
 
-def test_a_subclass_is_not_taken_for_its_base():
+def test_hyperparameters_given_as_tensors_are_their_numbers():
+    options = {"lr": torch.tensor(0.03), "betas": (torch.tensor(0.5), torch.tensor(0.75))}
+    problem = small_network(functools.partial(ADAM, foreach=False, **options))
+    same = small_network(functools.partial(ADAM, lr=options["lr"].item(), betas=(0.5, 0.75)))
+    found = library.hypergradient(problem)
+    assert relative_error(found, library.hypergradient(same)) < 1e-12
+
+
+# --- an optimizer of one's own
+
+
+class Lion(torch.optim.Optimizer):
+    """A smooth relative of Lion: θ' = θ − η tanh(β₁ m + (1 − β₁) g), m' = β₂ m + (1 − β₂) g."""
+
+    def __init__(self, params, lr=0.1, betas=(0.9, 0.8), smooth=0.5, differentiable=False):
+        super().__init__(params, {"lr": lr, "betas": betas, "smooth": smooth, "differentiable": differentiable})
+
+    def step(self, closure=None):
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for group in self.param_groups:
+                beta1, beta2 = group["betas"]
+                for param in (p for p in group["params"] if p.grad is not None):
+                    state = self.state[param]
+                    mean = state.get("mean", torch.zeros_like(param))
+                    param.sub_((beta1 * mean + (1 - beta1) * param.grad).div(group["smooth"]).tanh() * group["lr"])
+                    state["mean"] = beta2 * mean + (1 - beta2) * param.grad
+
+
+class Normalised(torch.optim.Optimizer):
+    """θ' = θ − η g / (‖g‖ + 1), without a graph: not elementwise."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in (p for p in group["params"] if p.grad is not None):
+                param -= group["lr"] * param.grad / (param.grad.norm() + 1)
+
+
+def normalised_step(param, gradient, state, group):
+    return param - group["lr"] * gradient / (gradient.square().sum().sqrt() + 1), dict(state)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("metaopt.optimizer_kinds._registered", {})
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("kind", [Lion, Normalised])
+def test_a_registered_optimizer_is_differentiated(kind, warm):
+    if kind is Lion:
+        metaopt.register_optimizer(Lion, learnable=("lr", "smooth"))
+    else:
+        metaopt.register_optimizer(Normalised, step=normalised_step, elementwise=False, learnable=("lr",))
+    problem = small_network(functools.partial(kind, lr=0.1), warm)
+    plain = weights(train_plainly(problem.chain, problem.phi))
+    found = library.hypergradient(problem)
+    swept = library.as_chain(problem, estimator=Checkpointed())
+    assert relative_error(weights(library.as_chain(problem).unroll(problem.phi)), plain) < 1e-12
+    assert difference_error(found, problem, num_random=1) < 1e-8
+    assert relative_error(library.hypergradient(problem, swept), found) < 1e-12
+    learned = problem.with_stage("only", overrides=lambda phi, t: {"lr": phi.values[t] / 10})
+    found = library.hypergradient(learned)
+    assert difference_error(found, learned, num_random=1) < 1e-8
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (Normalised, {}, r"the derivative of its step is .* central difference"),
+        (Normalised, {"step": lambda p, g, s, o: (p - o["lr"] * g, {})}, r"away from its own step\(\)"),
+        (Normalised, {"step": normalised_step}, None),
+        (Lion, {"learnable": ("rate",)}, r"'rate', which is no float"),
+        (Lion, {"step": lambda p, g, s, o: 1 / 0}, r"raises ZeroDivisionError"),
+    ],
+    ids=["no graph", "other step", "right", "unknown option", "raises"],
+)
+def test_a_registered_optimizer_is_probed_before_any_training(cls, options, message):
+    metaopt.register_optimizer(cls, **options)
+    if message is None:
+        library.as_chain(small_network(cls))
+        return
+    with pytest.raises(metaopt.ConfigError, match=rf"{cls.__name__} was registered.*{message}"):
+        library.as_chain(small_network(cls))
+
+
+def test_a_subclass_is_not_taken_for_its_base_and_the_error_says_how_to_register_it():
     class Louder(SGD):
         def step(self, closure=None):
             super().step(closure)
             super().step(closure)
 
-    with pytest.raises(metaopt.ConfigError, match="Louder"):
+    with pytest.raises(metaopt.ConfigError, match=r"metaopt\.register_optimizer\(Louder\)"):
         library.as_chain(small_network(functools.partial(Louder, lr=0.1)))
+
+
+@pytest.mark.parametrize("cls", [ADAM, nn.Linear, "Adam"])
+def test_what_is_no_optimizer_of_one_s_own_is_not_registered(cls):
+    with pytest.raises(metaopt.ConfigError, match="register_optimizer: "):
+        metaopt.register_optimizer(cls)
 
 
 def test_step_hooks_are_refused():

@@ -72,13 +72,15 @@ def learn(config: DictConfig, bundle: metaopt.DataBundle) -> tuple[AnyMetaParame
         selection=build.build_selection(config, bundle),
         seed=config.trainer.seed,
     )
-    warm_up = {name: config.stages[name].warmup_steps for name in config.chain}
+    steps, state = config.trainer.meta_steps, trainer.state_dict()
     with FlopCounterMode(display=False) as plain, torch.no_grad():
         chain.unroll(meta_params)
     with FlopCounterMode(display=False) as meta:
-        chain.train(meta_params, num_steps=warm_up)
-        trainer.fit(config.trainer.meta_steps)
-    return meta_params, meta.get_total_flops(), plain.get_total_flops() * config.trainer.meta_steps
+        trainer.meta_step()
+    trainer.load_state_dict(state)
+    chain.train(meta_params, num_steps={name: config.stages[name].warmup_steps for name in config.chain})
+    trainer.fit(steps)
+    return meta_params, meta.get_total_flops() * steps, plain.get_total_flops() * steps
 
 
 def frozen(weights: Tensor, key: str) -> AnyMetaParameters:
