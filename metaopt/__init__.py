@@ -15,34 +15,60 @@ if not (_CHECKOUT / "metaopt" / "conf").is_dir() and (_CHECKOUT / "conf" / "conf
 
 # Public name → module. Imported on first use: shell completion runs this package at every TAB, and torch takes seconds.
 _PUBLIC = {
+    "Annealed": "soft_inputs",
+    "AugmentedLoss": "augmentation",
     "Chain": "chain",
+    "ClassWeights": "meta_params",
+    "ClipNorm": "transforms",
+    "ClipValue": "transforms",
     "ConfigError": "errors",
     "CrossEntropy": "losses",
     "DataBundle": "data.bundle",
+    "Decoded": "handover",
     "Distillation": "losses",
+    "Entropy": "objectives",
     "Estimator": "estimators",
     "ExampleWeights": "meta_params",
+    "ExpectedEmbeddings": "soft_inputs",
     "FixedWeights": "meta_params",
+    "FromMeta": "learned",
+    "GaussianNoise": "augmentation",
+    "Generated": "handover",
+    "GumbelSamples": "soft_inputs",
     "HandOver": "handover",
     "HardLabels": "losses",
     "HiddenStates": "losses",
+    "InitialWeights": "learned",
     "InnerLoss": "losses",
+    "LearnedHyperparameters": "learned",
     "MetaObjective": "objectives",
     "MetaParameters": "meta_params",
     "MetaTrainer": "trainer",
     "MetaoptError": "errors",
     "MissingPathError": "errors",
     "NonFiniteError": "errors",
+    "SoftTargetLoss": "soft_targets",
+    "SoftTargets": "soft_targets",
     "SourceWeights": "meta_params",
+    "Sparsity": "objectives",
     "Stage": "stage",
     "StageError": "errors",
+    "SumOfLosses": "loss_terms",
+    "SumOfObjectives": "objectives",
+    "SurrogateLoss": "objectives",
+    "TermWeights": "loss_terms",
+    "TokenWeights": "meta_params",
     "Uniform": "meta_params",
     "Unrolled": "estimators",
     "ValidationLoss": "objectives",
+    "WeightNetwork": "weight_network",
     "WeightedLoss": "losses",
     "backward": "diagnostics",
     "check_hypergradient": "check",
+    "grouped": "transforms",
     "hypergradient": "diagnostics",
+    "register_optimizer": "optimizer_kinds",
+    "sequential": "transforms",
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -61,6 +87,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from metaopt.augmentation import AugmentedLoss as AugmentedLoss
+    from metaopt.augmentation import GaussianNoise as GaussianNoise
     from metaopt.chain import Chain as Chain
     from metaopt.check import check_hypergradient as check_hypergradient
     from metaopt.data.bundle import DataBundle as DataBundle
@@ -73,19 +101,43 @@ if TYPE_CHECKING:
     from metaopt.errors import StageError as StageError
     from metaopt.estimators import Estimator as Estimator
     from metaopt.estimators import Unrolled as Unrolled
+    from metaopt.handover import Decoded as Decoded
+    from metaopt.handover import Generated as Generated
     from metaopt.handover import HandOver as HandOver
+    from metaopt.learned import FromMeta as FromMeta
+    from metaopt.learned import InitialWeights as InitialWeights
+    from metaopt.learned import LearnedHyperparameters as LearnedHyperparameters
+    from metaopt.loss_terms import SumOfLosses as SumOfLosses
+    from metaopt.loss_terms import TermWeights as TermWeights
     from metaopt.losses import CrossEntropy as CrossEntropy
     from metaopt.losses import Distillation as Distillation
     from metaopt.losses import HardLabels as HardLabels
     from metaopt.losses import HiddenStates as HiddenStates
     from metaopt.losses import InnerLoss as InnerLoss
     from metaopt.losses import WeightedLoss as WeightedLoss
+    from metaopt.meta_params import ClassWeights as ClassWeights
     from metaopt.meta_params import ExampleWeights as ExampleWeights
     from metaopt.meta_params import FixedWeights as FixedWeights
     from metaopt.meta_params import MetaParameters as MetaParameters
     from metaopt.meta_params import SourceWeights as SourceWeights
+    from metaopt.meta_params import TokenWeights as TokenWeights
     from metaopt.meta_params import Uniform as Uniform
+    from metaopt.objectives import Entropy as Entropy
     from metaopt.objectives import MetaObjective as MetaObjective
+    from metaopt.objectives import Sparsity as Sparsity
+    from metaopt.objectives import SumOfObjectives as SumOfObjectives
+    from metaopt.objectives import SurrogateLoss as SurrogateLoss
     from metaopt.objectives import ValidationLoss as ValidationLoss
+    from metaopt.optimizer_kinds import register_optimizer as register_optimizer
+    from metaopt.soft_inputs import Annealed as Annealed
+    from metaopt.soft_inputs import ExpectedEmbeddings as ExpectedEmbeddings
+    from metaopt.soft_inputs import GumbelSamples as GumbelSamples
+    from metaopt.soft_targets import SoftTargetLoss as SoftTargetLoss
+    from metaopt.soft_targets import SoftTargets as SoftTargets
     from metaopt.stage import Stage as Stage
     from metaopt.trainer import MetaTrainer as MetaTrainer
+    from metaopt.transforms import ClipNorm as ClipNorm
+    from metaopt.transforms import ClipValue as ClipValue
+    from metaopt.transforms import grouped as grouped
+    from metaopt.transforms import sequential as sequential
+    from metaopt.weight_network import WeightNetwork as WeightNetwork

@@ -6,7 +6,7 @@ import functools
 import itertools
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from metaopt.chain import Chain
 from metaopt.data.bundle import DataBundle
 from metaopt.errors import ConfigError, MetaoptError
 from metaopt.losses import FromUpstream
-from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
+from metaopt.meta_params import AnyMetaParameters, named_tensors
 from metaopt.models import check_fits
 from metaopt.random_state import derived_seed, seeded
 from metaopt.stage import Stage
+from metaopt.tracking import load_meta_params
 from metaopt.trainer import MetaTrainer, Selection
 
 _META_PARAMS, _VALIDATION = 1, 2  # what a seed is derived for, beside the stages
@@ -72,9 +73,16 @@ def _stage(where: str, config: DictConfig, node: DictConfig, bundle: DataBundle,
         node.num_steps,
         estimator,
         accumulate=node.get("accumulate", 1),
+        autocast=node.get("autocast"),
         seed=derived_seed(config.trainer.seed, zlib.crc32(where.encode())),
-        **{slot: _factory(f"{where}.{slot}", part) for slot, part in slots.items()},
+        **{slot: _slot(f"{where}.{slot}", part, slot) for slot, part in slots.items()},
     )
+
+
+def _slot(where: str, node: DictConfig, slot: str) -> Callable[..., Any]:
+    """Return what a stage calls: a class is built once (metaopt.ClipNorm), a function gets its arguments."""
+    factory = _factory(where, node)
+    return _call(where, factory) if slot != "schedule" and isinstance(factory.func, type) else factory
 
 
 def _model(where: str, factory: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -103,7 +111,10 @@ def build_meta_params(config: DictConfig) -> AnyMetaParameters:
         for name, part in nodes.items():
             where = f"meta_params.{name}".rstrip(".")
             modules[name] = _model(where, _factory(where, part), *_place(config))
-    return modules.get("", modules)
+    meta_params: AnyMetaParameters = modules.get("", modules)
+    if config.trainer.get("start_from") is not None:
+        _call("trainer.start_from", load_meta_params, meta_params, config.trainer.start_from)
+    return meta_params
 
 
 def build_objective(config: DictConfig) -> Callable[..., Any]:
@@ -154,7 +165,14 @@ def build_trainer(
         selection=build_selection(config, bundle),
         observers=observers,
         seed=derived_seed(config.trainer.seed, _VALIDATION),
+        validation_batches=config.trainer.validation_batches,
     )
+
+
+def build_logger(config: DictConfig, folder: Path) -> Any:
+    """Return the logger that the config names, writing to the run's folder; None for none."""
+    node = config.get("logger")
+    return _call("logger", _factory("logger", node), folder) if node else None
 
 
 # --- calling a target -------------------------------------------------------------------------------------------
@@ -179,12 +197,6 @@ def _call(where: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) ->
         frame = traceback.extract_tb(cause.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise ConfigError(f"{where}: {type(cause).__name__} at {place}: {cause}") from error
-
-
-def same_for_all(meta_params: AnyMetaParameters, weights: nn.Module) -> AnyMetaParameters:
-    """Return `weights` in the place of every meta-parameter module."""
-    named: Mapping[str, nn.Module] = as_named(meta_params)
-    return weights if "" in named else dict.fromkeys(named, weights)
 
 
 def stage_steps(config: DictConfig, meta_steps: int) -> dict[str, int]:

@@ -221,6 +221,8 @@ class Chain:
         """Return `id` → name of every stage's own parameters, after checking that none is a meta-parameter."""
         if torch.is_inference_mode_enabled():
             raise StageError("inference mode keeps tensors out of any graph for good; use torch.no_grad() instead")
+        for stage in self.stages.values():
+            stage.check_meta_params(meta_params)
         owners = {
             id(param): f"{stage_name}.{name}"
             for stage_name, stage in self.stages.items()

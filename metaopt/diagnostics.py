@@ -33,7 +33,7 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
     if missing:
         _raise_missing(missing, "no path of the graph leads from it to the meta-loss")
     found = {name: grad for name, grad in zip(tensors, grads, strict=True) if grad is not None}
-    broken = [name for name, grad in found.items() if not bool(grad.isfinite().all())]
+    broken = [name for name, grad in found.items() if not bool(entries(grad).isfinite().all())]
     if broken:
         raise NonFiniteError(
             f"the hypergradient of {', '.join(map(repr, broken))} is not finite though the meta-loss is "
@@ -41,6 +41,11 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
             "inner learning rate. No meta-parameter was changed"
         )
     return found
+
+
+def entries(gradient: Tensor) -> Tensor:
+    """Return a gradient's entries; of a sparse one, those of the rows that it holds."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Tensor]:

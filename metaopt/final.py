@@ -13,11 +13,11 @@ from metaopt.meta_params import AnyMetaParameters, as_named
 
 
 def weights_of(meta_params: AnyMetaParameters) -> tuple[str, Tensor] | None:
-    """Return (`source` or `index`, all weights) of meta-parameters that are a table of weights, or None."""
+    """Return (`source` or `index`, all weights) of meta-parameters that weigh sources or examples, or None."""
     for module in as_named(meta_params).values():
-        weights = getattr(module, "weights", None)
-        if callable(weights):
-            return str(getattr(module, "key", "index")), torch.as_tensor(weights()).detach().cpu()
+        weights, key = getattr(module, "weights", None), str(getattr(module, "key", "index"))
+        if callable(weights) and key in ("source", "index"):
+            return key, torch.as_tensor(weights()).detach().cpu()
     return None
 
 

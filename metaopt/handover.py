@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from metaopt.data.decoding import greedy_decode
-from metaopt.errors import ConfigError
+from metaopt.errors import ConfigError, StageError
 from metaopt.functional import FunctionalModel
-from metaopt.losses import IGNORED, find_upstream
+from metaopt.losses import IGNORED, find_upstream, model_inputs
 
 _TOGETHER = 16  # batches that are decoded in one go
 
@@ -39,12 +40,71 @@ class HandOver(ABC):
         """Return one batch for each of these, written by the upstream models."""
 
 
-class Decoded(HandOver):
+class Answered(HandOver):
+    """Base of the hand-overs in which the trained teacher answers each input, and its answer is the student's sequence.
+
+    Writing is discrete and carries no gradient; `Distillation` (or another loss that reads `upstream`) then takes what
+    the teacher says along the written sequence, in the graph.
+
+    Args:
+        batches: of the teacher's inputs.
+        upstream: the teacher's stage; None for the stage just before.
+    """
+
+    def __init__(self, batches: Iterable[Any], upstream: str | None = None) -> None:
+        super().__init__(batches)
+        self.upstream = upstream
+        self.reads = (upstream,) if upstream else ()
+
+    @abstractmethod
+    def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a batch gains: `decoder_input_ids` and `labels`, say, one row per input.
+
+        Args:
+            module: the teacher's own module with the trained weights, in eval mode.
+            inputs: of a few batches together.
+        """
+
+    def write(self, upstream: Upstream, batches: Sequence[Any]) -> Sequence[Any]:
+        """Let the teacher answer all batches, a few of one shape together."""
+        teacher = find_upstream(upstream, self.upstream, type(self).__name__)
+        written = []
+        for _, alike in itertools.groupby(batches, key=_shapes):
+            rest = list(alike)
+            while rest:
+                few, rest = rest[:_TOGETHER], rest[_TOGETHER:]
+                answers = self._answers(teacher, [_inputs(batch) for batch in few])
+                written += [{**batch, **answer} for batch, answer in zip(few, answers, strict=True)]
+        return written
+
+    def _answers(self, teacher: FunctionalModel, few: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        sizes = [len(next(iter(inputs.values()))) for inputs in few]
+        with teacher.as_module() as module:
+            device = next(module.parameters()).device
+            joined = {key: torch.cat([inputs[key] for inputs in few]).to(device) for key in few[0]}
+            found = {key: value.split(sizes) for key, value in self.answer(module, joined).items()}
+        return [{key: parts[i] for key, parts in found.items()} for i in range(len(few))]
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in model_inputs(batch).items() if not key.startswith("decoder_")}
+
+
+def _shapes(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: value.shape[1:] for key, value in _inputs(batch).items()}
+
+
+def until_end(answers: Tensor, ends: Sequence[int]) -> Tensor:
+    """Return labels: the answers [B, L], what follows the first end token marked as not to be counted."""
+    ended = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device)).int()
+    return answers.masked_fill(ended.cumsum(1) - ended > 0, IGNORED)
+
+
+class Decoded(Answered):
     """The trained teacher answers each input by greedy decoding; its answer is the student's sequence.
 
-    Decoding is discrete and carries no gradient; `Distillation` then takes the teacher's soft labels along the decoded
-    sequence, in the graph. Each batch gains `decoder_input_ids` and `labels` [B, max_length]; what follows the end
-    token is not counted.
+    Each batch gains `decoder_input_ids` and `labels` [B, max_length]; what follows the end token is not counted. It
+    needs no `generate`: anything that is called `model(input_ids=, attention_mask=, decoder_input_ids=)` will do.
 
     Args:
         batches: of inputs for an encoder-decoder: `input_ids`, `attention_mask`.
@@ -63,38 +123,66 @@ class Decoded(HandOver):
         max_length: int,
         upstream: str | None = None,
     ) -> None:
-        super().__init__(batches)
+        super().__init__(batches, upstream)
         if max_length < 1:
             raise ConfigError(f"Decoded: max_length={max_length} must be at least 1")
         self.tokens = {"bos": bos_token_id, "eos": eos_token_id, "pad": pad_token_id}
         self.max_length = max_length
-        self.upstream = upstream
-        self.reads = (upstream,) if upstream else ()
 
-    def write(self, upstream: Upstream, batches: Sequence[Any]) -> Sequence[Any]:
-        """Decode all batches, a few of one shape together."""
-        teacher = find_upstream(upstream, self.upstream, "Decoded")
-        written = []
-        for _, alike in itertools.groupby(batches, key=lambda batch: batch["input_ids"].shape[1:]):
-            rest = list(alike)
-            while rest:
-                few, rest = rest[:_TOGETHER], rest[_TOGETHER:]
-                joined = {key: torch.cat([batch[key] for batch in few]) for key in ("input_ids", "attention_mask")}
-                answers = self._decode(teacher, joined).split([len(batch["input_ids"]) for batch in few])
-                written += [self._with_answers(batch, answer) for batch, answer in zip(few, answers, strict=True)]
-        return written
-
-    def _decode(self, teacher: FunctionalModel, batch: Mapping[str, Tensor]) -> Tensor:
-        with teacher.as_module() as module:
-            device = next(module.parameters()).device
-            inputs = (batch["input_ids"].to(device), batch["attention_mask"].to(device))
-            return greedy_decode(module, *inputs, **self.tokens, max_length=self.max_length)
-
-    def _with_answers(self, batch: Mapping[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
+    def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Decode greedily."""
+        read = inputs["input_ids"], inputs["attention_mask"]
+        answers = greedy_decode(module, *read, **self.tokens, max_length=self.max_length)
         first = torch.full_like(answers[:, :1], self.tokens["bos"])
-        ended = (answers == self.tokens["eos"]).int().cumsum(1) - (answers == self.tokens["eos"]).int() > 0
-        return {
-            **batch,
-            "decoder_input_ids": torch.cat([first, answers[:, :-1]], dim=1),
-            "labels": answers.masked_fill(ended, IGNORED),
-        }
+        ids = torch.cat([first, answers[:, :-1]], dim=1)
+        return {"decoder_input_ids": ids, "labels": until_end(answers, [self.tokens["eos"]])}
+
+
+class Generated(Answered):
+    """The trained teacher writes by Hugging Face's own `generate`: sampling, beams, penalties, whatever it can do.
+
+    An encoder-decoder's batch gains `decoder_input_ids` and `labels` [B, L]. A causal model's prompts `input_ids`
+    [B, P] become prompt and continuation, the labels being the next token of each position; prompts and what follows
+    the end token are not counted. Samples are drawn from the stage's replayed random state.
+
+    Args:
+        batches: of the teacher's inputs; a causal model's prompts are padded on the left.
+        generation: arguments of `generate`, on top of the model's own generation config: `max_new_tokens`, `num_beams`,
+            `do_sample`, ...
+        upstream: the teacher's stage; None for the stage just before.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], generation: Mapping[str, Any] | None = None, upstream: str | None = None
+    ) -> None:
+        super().__init__(batches, upstream)
+        self.generation = dict(generation or {})
+
+    def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Let `generate` write, and cut its sequences into inputs and labels."""
+        generate: Any = getattr(module, "generate", None)
+        config: Any = getattr(module, "config", None)
+        if generate is None or config is None:
+            raise StageError(
+                f"Generated: the teacher, a {type(module).__name__}, has no generate(); use Decoded(...), or write a "
+                "HandOver of your own"
+            )
+        causal = not config.is_encoder_decoder
+        mask = inputs.get("attention_mask")
+        if causal and mask is not None and not bool(mask[:, -1].all()):
+            raise StageError("Generated: a causal model's prompts must be padded on the left: padding_side='left'")
+        written: Tensor = generate(**inputs, **self.generation, return_dict_in_generate=False)
+        ids, answers = written[:, :-1], written[:, 1:].clone()
+        if not causal:
+            return {"decoder_input_ids": ids, "labels": until_end(answers, self._ends(module))}
+        prompt = inputs["input_ids"].shape[1]
+        labels = until_end(answers[:, prompt - 1 :], self._ends(module))
+        found = {"input_ids": ids, "labels": F.pad(labels, (prompt - 1, 0), value=IGNORED)}
+        if mask is not None:
+            found["attention_mask"] = F.pad(mask, (0, ids.shape[1] - prompt), value=1)
+            found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return found
+
+    def _ends(self, module: Any) -> list[int]:
+        ends = self.generation.get("eos_token_id", module.generation_config.eos_token_id)
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

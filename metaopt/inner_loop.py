@@ -8,6 +8,7 @@ step with that step's hyperparameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,7 @@ class InnerLoop:
         batches: per step, its micro-batches (one unless gradients are accumulated).
         seeds: per step, of the random state in which the loss is evaluated.
         transform: applied to the step's gradients, by parameter name, before the optimizer.
+        autocast: the dtype in which the loss is evaluated by `torch.autocast`; None for the weights' own.
         hyperparameters: t, meta-parameters → the step's overrides (schedule, learned rates).
         initial: meta-parameters, upstream → learned initial weights by name.
         first_step: inner steps that the stage has taken before; a loss reads `model.step`.
@@ -64,6 +66,7 @@ class InnerLoop:
     seeds: Sequence[int]
     device: torch.device
     transform: Transform | None = None
+    autocast: torch.dtype | None = None
     hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]] = field(default=lambda t, meta_params: {})
     initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None
     first_of_training: bool = True
@@ -115,13 +118,19 @@ class InnerLoop:
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         model = InnerModel(self.structure, params, buffers, training=True, call=call)
         model.step = self.first_step + t
-        with seeded(self.seeds[t], self.device):
+        with seeded(self.seeds[t], self.device), self._autocast():
             losses = [
                 require_scalar(self.loss(model, batch, meta_params, upstream), f"the loss of stage {self.name!r}")
                 for batch in self.batches[t]
             ]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         return loss, buffers
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Return autocast to the stage's dtype, without the cache that would outlive a weight; or nothing."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
     def transformed(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Apply the gradient transform to the gradients there are; a parameter that the loss missed keeps None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,13 +83,18 @@ def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         [B], in nats.
     """
+    return mean_over_positions(*cross_entropies(logits, labels))
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each label, and which ones count; both of the labels' shape."""
     if labels.shape != logits.shape[:-1]:
         raise StageError(
             f"logits of shape {list(logits.shape)} do not fit labels of shape {list(labels.shape)}: labels must have "
             f"the shape {list(logits.shape[:-1])}"
         )
     losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return mean_over_positions(losses.view(labels.shape), labels != IGNORED)
+    return losses.view(labels.shape), labels != IGNORED
 
 
 def mean_over_positions(values: Tensor, counts: Tensor | None) -> Tensor:
@@ -121,22 +126,86 @@ class CrossEntropy(InnerLoss):
         return cross_entropy_per_example(logits_of(model(**model_inputs(batch))), batch["labels"]).mean()
 
 
-class WeightedLoss(InnerLoss):
-    """Cross-entropy weighted by meta-parameters: `L = 1/B Σ_i w_i(φ) ℓ_i`.
+class LabelSmoothing(InnerLoss):
+    """Cross-entropy against the uniform distribution, `L = −1/C Σ_c log p_c`: a term that keeps a model unsure.
 
-    Args:
-        weights: which of several meta-parameters gives the weights; None when there is only one.
+    With learned weights of the terms its strength is learned (`SumOfLosses`).
     """
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __call__(
+        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> Tensor:
+        log_p = logits_of(model(**model_inputs(batch))).log_softmax(-1)
+        counts = None if "labels" not in batch else batch["labels"] != IGNORED
+        return mean_over_positions(-log_p.mean(-1), counts).mean()
+
+
+class WeightedLoss(InnerLoss):
+    """Cross-entropy weighted by meta-parameters: `L = 1/B Σ_i w_i(φ) ℓ_i`; `w_i ℓ_i` is `mean_t w_it ℓ_it` where there
+    is a weight for each position.
+
+    The inner gradient takes weights that are computed from the losses as given, as in Meta-Weight-Net; the
+    hypergradient still knows that they move with the model.
+
+    Args:
+        weights: which of several meta-parameters gives the weights; several names multiply theirs; None when there is
+            only one.
+    """
+
+    def __init__(self, weights: str | Sequence[str] | None = None) -> None:
         self.weights = weights
 
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        losses = cross_entropy_per_example(logits_of(model(**model_inputs(batch))), batch["labels"])
-        weights = select(meta_params, self.weights, "WeightedLoss")(batch)
-        return (weights.to(losses.dtype) * losses).mean()
+        losses, counts = cross_entropies(logits_of(model(**model_inputs(batch))), batch["labels"])
+        return weighted_mean(losses, counts, self._modules(meta_params), batch)
+
+    def _modules(self, meta_params: AnyMetaParameters) -> list[Any]:
+        names = [self.weights] if self.weights is None or isinstance(self.weights, str) else self.weights
+        return [select(meta_params, name, "WeightedLoss") for name in names]
+
+
+def weighted_mean(losses: Tensor, counts: Tensor, modules: Sequence[Any], batch: Batch) -> Tensor:
+    """Return the mean of losses [B] or [B, L] over examples and counted positions, each weighted by all modules."""
+    plain = mean_over_positions(losses, counts)
+    per_example: Tensor | None = None
+    for module in modules:
+        read = (plain,) if getattr(module, "reads_losses", False) else ()
+        weights = module(batch, *read).to(losses.dtype)
+        if weights.shape == losses.shape and losses.dim() > 1:
+            losses = weights * losses
+        elif weights.shape == plain.shape:
+            per_example = weights if per_example is None else per_example * weights
+        else:
+            raise StageError(
+                f"{type(module).__name__} gives weights of shape {list(weights.shape)} for losses of shape "
+                f"{list(losses.shape)}; give one per example{' or per position' if losses.dim() > 1 else ''}"
+            )
+    found = mean_over_positions(losses, counts)
+    if per_example is None:
+        return found.mean()
+    if any(getattr(module, "reads_losses", False) for module in modules):
+        return _GivenWeights.apply(per_example, found).mean()
+    return (per_example * found).mean()
+
+
+class _GivenWeights(torch.autograd.Function):
+    """`w · ℓ`, whose first derivative takes w as given; w stays in the graph of that derivative.
+
+    `w.detach()` would do the former and lose the latter: from the second inner step on, w moves with the weights in
+    training, and the hypergradient would miss it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, losses: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return weights * losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (weights,) = ctx.saved_tensors
+        return None, gradients[0] * weights
 
 
 class FromUpstream(InnerLoss):
@@ -157,8 +226,9 @@ class FromUpstream(InnerLoss):
     def taught(self, upstream: Upstream, inputs: Mapping[str, Tensor], **options: Any) -> Any:
         """Return what the upstream model says to these inputs, in the graph."""
         teacher = self.teacher(upstream)
-        starts = ("decoder_input_ids", "decoder_inputs_embeds")
-        if getattr(teacher.config, "is_encoder_decoder", False) and not any(start in inputs for start in starts):
+        starts = {"decoder_input_ids", "decoder_inputs_embeds"}
+        is_encoder_decoder = getattr(getattr(teacher, "config", None), "is_encoder_decoder", False)
+        if is_encoder_decoder and not starts & set(inputs):
             raise ConfigError(
                 f"{type(self).__name__}: the teacher is an encoder-decoder, and the batch holds no decoder_input_ids "
                 f"(it has: {', '.join(inputs)}); let the teacher write them: Stage(..., batches=handover.Decoded(...)) "
@@ -168,7 +238,9 @@ class FromUpstream(InnerLoss):
 
     def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
         """Say so where teacher and student do not have the same classes, so that soft labels mean nothing."""
-        teacher = upstream.get(self.upstream or next(reversed(upstream), ""))
+        if not upstream:
+            return f"{type(self).__name__} learns from an earlier stage, but its stage is the first of the chain"
+        teacher = upstream.get(self.upstream or next(reversed(upstream)))
         needs, has = (None if module is None else num_classes(module) for module in (teacher, model))
         if needs is None or has is None or needs == has:
             return None

@@ -7,19 +7,32 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, did_you_mean
 from metaopt.functional import ModelStructure
 
 PARAMETRISATIONS = ("softmax", "sigmoid")
+MOST_SHOWN = 32  # numbers that a summary lists
 
 
 class MetaParameters(nn.Module):
     """Base class of what is learned; a plain `nn.Module` serves as well.
 
-    One that weighs examples implements `forward(batch) -> weights [batch size]`.
+    One that weighs examples implements `forward(batch) -> weights [batch size]`, or [batch size, positions].
+    `reads_losses` marks those that are called `forward(batch, losses)`, with each example's loss.
     """
+
+    reads_losses: bool = False
+
+    def summary(self) -> dict[str, float]:
+        """Return the few numbers that tell what was learned, by name; tables of weights have reports of their own."""
+        return {}
+
+    def baseline(self) -> nn.Module:
+        """Return what training without learning it would use: by default weight 1 for all."""
+        return Uniform()
 
 
 AnyMetaParameters = nn.Module | Mapping[str, nn.Module]
@@ -30,7 +43,7 @@ class _TableOfWeights(MetaParameters):
 
     key: str  # which entry of a batch selects the weight
 
-    def __init__(self, size: int, parametrisation: str) -> None:
+    def __init__(self, size: int, parametrisation: str, sparse: bool = False) -> None:
         super().__init__()
         if size < 1:
             raise ConfigError(f"{type(self).__name__}: {size} weights; at least 1 is needed")
@@ -39,7 +52,12 @@ class _TableOfWeights(MetaParameters):
                 f"{type(self).__name__}: no parametrisation {parametrisation!r}"
                 f"{did_you_mean(parametrisation, PARAMETRISATIONS)}"
             )
-        self.parametrisation = parametrisation
+        if sparse and parametrisation != "sigmoid":
+            raise ConfigError(
+                f"{type(self).__name__}: sparse=True needs parametrisation='sigmoid': a softmax moves every weight "
+                "when one logit does"
+            )
+        self.parametrisation, self.sparse = parametrisation, sparse
         self.logits = nn.Parameter(torch.zeros(size))
 
     def weights(self) -> Tensor:
@@ -50,6 +68,8 @@ class _TableOfWeights(MetaParameters):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the weight of each example of the batch [batch size]."""
+        if self.parametrisation == "sigmoid":
+            return look_up(self.logits, batch, self.key, type(self).__name__, self.sparse).sigmoid()
         return look_up(self.weights(), batch, self.key, type(self).__name__)
 
 
@@ -73,12 +93,55 @@ class ExampleWeights(_TableOfWeights):
     Args:
         num_examples: n; a batch's `index` runs from 0 to n − 1.
         parametrisation: `sigmoid`, or `softmax` for `w_i = n · softmax(logits)_i`.
+        sparse: the hypergradient holds only the rows that the unroll has read, for tables of a million examples; the
+            meta-optimizer is then `torch.optim.SparseAdam` or plain `SGD`.
     """
 
     key = "index"
 
-    def __init__(self, num_examples: int, parametrisation: str = "sigmoid") -> None:
-        super().__init__(num_examples, parametrisation)
+    def __init__(self, num_examples: int, parametrisation: str = "sigmoid", sparse: bool = False) -> None:
+        super().__init__(num_examples, parametrisation, sparse)
+
+
+class ClassWeights(_TableOfWeights):
+    """One weight per class, chosen by the label: `w_c = n · softmax(logits)_c`, mean 1 over the n classes.
+
+    For sequences the labels are tokens, and the weights are those of the positions [batch size, positions].
+
+    Args:
+        num_labels: n.
+        parametrisation: `softmax`, or `sigmoid` for `w_c = σ(logits_c)`.
+    """
+
+    key = "labels"
+
+    def __init__(self, num_labels: int, parametrisation: str = "softmax") -> None:
+        super().__init__(num_labels, parametrisation)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight of each label, of the labels' shape; 0 where a position does not count."""
+        if "labels" not in batch:
+            raise ConfigError(f"{type(self).__name__} reads batch['labels'], which this batch lacks")
+        labels = batch["labels"]
+        weights = look_up(self.weights(), {"labels": labels.clamp(min=0)}, self.key, type(self).__name__)
+        return weights.masked_fill(labels < 0, 0.0)
+
+    def summary(self) -> dict[str, float]:
+        """Return the weight of each class, if there are not too many to read."""
+        weights = self.weights().tolist() if len(self.logits) <= MOST_SHOWN else []
+        return {f"class {i}": weight for i, weight in enumerate(weights)}
+
+
+class TokenWeights(ClassWeights):
+    """One weight per token of the vocabulary, chosen by the target token at each position.
+
+    Args:
+        vocab_size: n.
+        parametrisation: as in `ClassWeights`.
+    """
+
+    def __init__(self, vocab_size: int, parametrisation: str = "softmax") -> None:
+        super().__init__(vocab_size, parametrisation)
 
 
 class Uniform(MetaParameters):
@@ -114,20 +177,47 @@ class FixedWeights(MetaParameters):
         return look_up(self.table, batch, self.key, type(self).__name__)
 
 
-def look_up(weights: Tensor, batch: Mapping[str, Tensor], key: str, reader: str) -> Tensor:
-    """Return the weight of each example of the batch [batch size], after checking that there is one for each."""
+def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, sparse: bool = False) -> Tensor:
+    """Return the row of each example of the batch, after checking that there is one for each.
+
+    Args:
+        table: [n] or [n, C].
+        batch, key: `batch[key]` has the rows' numbers.
+        reader: for the message.
+        sparse: let the table's gradient hold only the rows that are read.
+    """
     if key not in batch:
         raise ConfigError(
             f"{reader} reads batch[{key!r}], which this batch lacks (it has: {', '.join(batch)}); let the data set add "
             "it, or weigh by another key"
         )
     index = batch[key]
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(weights):
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(table):
         raise ConfigError(
-            f"{reader} has {len(weights)} weights, and batch[{key!r}] runs from {int(index.min())} to "
+            f"{reader} has {len(table)} weights, and batch[{key!r}] runs from {int(index.min())} to "
             f"{int(index.max())}; number from 0, and build it with one weight for each"
         )
-    return weights[index]
+    if not sparse:
+        return table[index]
+    rows = F.embedding(index, table.view(len(table), -1), sparse=True)
+    return rows.view(*index.shape, *table.shape[1:])
+
+
+def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:
+    """Return what training without these meta-parameters uses in their place."""
+    plain = {n: m.baseline() if isinstance(m, MetaParameters) else Uniform() for n, m in as_named(meta_params).items()}
+    like = next(iter(named_tensors(meta_params).values()), None)
+    for module in plain.values():
+        module.requires_grad_(False).to(like) if like is not None else None
+    return plain.get("", plain)
+
+
+def summary(meta_params: AnyMetaParameters) -> dict[str, float]:
+    """Return the few numbers that tell what was learned, by name."""
+    parts = {name: m.summary() for name, m in as_named(meta_params).items() if isinstance(m, MetaParameters)}
+    return {
+        ": ".join(part for part in (name, key) if part): value for name, s in parts.items() for key, value in s.items()
+    }
 
 
 def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:

@@ -26,17 +26,19 @@ def encoder_decoder(
     intermediate_size: int = 128,
     dropout: float = 0.0,
     initializer_range: float = 0.1,
+    max_target_length: int | None = None,
 ) -> EncoderDecoderModel:
     """Return a BERT encoder and a BERT decoder with cross-attention, freshly initialised.
 
     Args:
         vocab_size: of both, inputs and answers.
         pad_token_id, bos_token_id, eos_token_id: the tokens that fill, begin and end an answer.
-        max_length: tokens of the longest input or answer.
+        max_length: tokens of the longest input.
         hidden_size, num_layers, num_heads, intermediate_size: of each of the two; num_heads divides hidden_size.
         dropout: of hidden states and attention, from 0 to below 1.
         initializer_range: standard deviation of the initial weights. BERT's own 0.02 is meant for width 768; a width of
             64 learns faster from 0.1.
+        max_target_length: tokens of the longest answer; None if none is longer than the longest input.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -44,6 +46,7 @@ def encoder_decoder(
     where = "encoder_decoder"
     check_counts(where, vocab_size=vocab_size, max_length=max_length, hidden_size=hidden_size)
     check_counts(where, num_layers=num_layers, num_heads=num_heads, intermediate_size=intermediate_size)
+    max_length = max(max_length, max_target_length or 0)
     if hidden_size % num_heads:
         raise ConfigError(f"{where}: num_heads={num_heads} must divide hidden_size={hidden_size}")
     if not initializer_range > 0:

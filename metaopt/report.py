@@ -33,6 +33,14 @@ def print_check(console: Console, check: Any) -> None:
         console.print(remark)
 
 
+def print_summary(console: Console, learned: Mapping[str, float]) -> None:
+    """Show the few numbers that tell what was learned."""
+    table = Table(title="learned", title_justify="left", box=None, show_header=False)
+    for name, value in learned.items():
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+
+
 def print_source_weights(console: Console, weights: Tensor, names: Sequence[str], good: Tensor | None) -> None:
     """Show the learned weight of each source as a bar, good and bad ones marked."""
     share = weights / weights.sum()

@@ -16,13 +16,13 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from metaopt import report
-from metaopt.build import same_for_all, stage_steps
+from metaopt.build import build_logger, stage_steps
 from metaopt.chain import TrainedChain
 from metaopt.check import check_hypergradient
 from metaopt.config import as_yaml
 from metaopt.data.bundle import DataBundle
 from metaopt.final import retrain, scored, weight_quality, weights_of
-from metaopt.meta_params import Uniform, named_tensors
+from metaopt.meta_params import baseline, named_tensors, summary
 from metaopt.objectives import MetaObjective
 from metaopt.tracking import RunFolder, progress_bar
 from metaopt.trainer import MetaResult, MetaTrainer
@@ -52,6 +52,7 @@ class Run:
         self.console = Console(width=None if sys.stdout.isatty() else WIDTH)  # a log file has no width of its own
         self.metrics: dict[str, float] = {}
         self.scores: dict[str, dict[str, float]] = {}
+        self.logger: Any = None
         self._fresh: dict[str, Any] = {}
         self._advance: Any = None
 
@@ -72,10 +73,12 @@ class Run:
     def begin(self, data: DataBundle, trainer: MetaTrainer) -> None:
         """Take the built parts, and keep the fresh chain's state for the comparison."""
         self.data, self.trainer = data, trainer
+        self.logger = build_logger(self.config, self.folder.path)
         self._fresh = copy.deepcopy(trainer.chain.state_dict())
         (self.folder.path / "config.yaml").write_text(as_yaml(self.config))
         sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
-        self.console.print(f"{self.trainer.chain!r}; examples: {sizes}; writing to {self.folder.path}")
+        examples = f"; examples: {sizes}" if sizes else ""
+        self.console.print(f"{self.trainer.chain!r}{examples}; writing to {self.folder.path}")
 
     def warm_up(self) -> None:
         """Train each stage for its `warmup_steps`, by plain optimizers."""
@@ -109,6 +112,8 @@ class Run:
     def observe(self, record: Mapping[str, Any]) -> None:
         """Log one meta-step, and move the bar."""
         self.folder.log(record)
+        if self.logger is not None:
+            self.logger.log(record)
         self._advance(f"meta-loss {record['meta_loss']:.4f}")
 
     # --- after it -----------------------------------------------------------------------------------------------
@@ -119,13 +124,15 @@ class Run:
         if self.config.output.save_models:
             disable_progress_bar()  # transformers' own, one per model
             self.folder.save_models(trainer.chain)
-        contestants = {"learned": trainer.meta_params, "uniform": same_for_all(trainer.meta_params, Uniform())}
+        contestants = {"learned": trainer.meta_params, "uniform": baseline(trainer.meta_params)}
         steps = stage_steps(self.config, trainer.step)
         names = [name for name in self.config.final.compare if trainer.learns or name == "uniform"]
         answers: dict[str, list[tuple[str, str, str]]] = {}
         for name in names:
             trained = self._train(contestants[name], steps, f"fresh models, {name} weights", self._fresh)
             self._read_test(name, trained, answers)
+            if self.config.final.save_models and name == names[0]:
+                self.folder.save_models(trainer.chain, "final_models")
         if not names:
             self._read_test("trained", trainer.chain.train(trainer.meta_params, num_steps=0), answers)
         self.metrics.update(next(iter(self.scores.values()), {}))
@@ -147,15 +154,20 @@ class Run:
             return
         if data.score is not None:
             self.scores[name] = scored(self.trainer.chain, trained, stage, data.score, data.test)
+        else:
+            self.scores[name] = {"loss": self.trainer.mean_loss(trained, data.test)}
         if data.answers is not None:
             answers[name] = data.answers(trained[stage], data.test, NUM_ANSWERS)
 
     def _show_weights(self) -> None:
         if not self.trainer.learns:
             return
-        found = weights_of(self.trainer.meta_params)
-        if found is None:
+        found, learned = weights_of(self.trainer.meta_params), summary(self.trainer.meta_params)
+        if learned:
+            report.print_summary(self.console, learned)
+        elif found is None:
             report.print_meta_params(self.console, named_tensors(self.trainer.meta_params))
+        if found is None:
             return
         key, weights = found
         if key == "source":
@@ -166,7 +178,14 @@ class Run:
 
     def save(self) -> None:
         """Write the meta-parameters and the plots."""
-        self.folder.save_meta_params(self.trainer.meta_params)
+        self.folder.save_meta_params(self.trainer.meta_params, self.trainer.last_meta_params)
+        self._plot()
+        if self.logger is not None:
+            found = weights_of(self.trainer.meta_params) if self.trainer.learns else None
+            learned = summary(self.trainer.meta_params)
+            self.logger.finish({**self.metrics, **learned}, None if found is None else found[1], self.folder.path)
+
+    def _plot(self) -> None:
         if not self.config.output.plots:
             return
         path, data = self.folder.path, self.data

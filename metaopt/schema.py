@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from metaopt.errors import did_you_mean
-from metaopt.targets import describe, fits, problems_of_target
+from metaopt.targets import describe, fits, names_class, problems_of_target
 
 Raw = dict[str, Any]
 
@@ -40,6 +40,7 @@ class StageSchema:
     transform: Target | None = None
     overrides: Target | None = None
     initial: Target | None = None
+    autocast: Literal["bfloat16"] | None = None
 
 
 @dataclass
@@ -53,6 +54,8 @@ class TrainerSchema:
     check_first_step: bool = True
     select_every: int | None = at_least(1, None)
     patience: int | None = at_least(1, None)
+    validation_batches: int = at_least(1, 1)
+    start_from: str | None = None
 
 
 @dataclass
@@ -61,6 +64,7 @@ class FinalSchema:
 
     compare: list[Literal["learned", "uniform"]]
     num_steps: int | None = at_least(1, None)
+    save_models: bool = False
 
 
 @dataclass
@@ -93,6 +97,7 @@ class RunSchema:
     final: FinalSchema
     output: OutputSchema
     limits: LimitsSchema
+    logger: Target | None = None
     facts: dict[str, Any] | None = None
     model: Any = None
     optimizer: Any = None
@@ -165,7 +170,7 @@ def _problems_of_section(where: str, node: Any, schema: type, untouched: Mapping
             yield from _problems_of_section(path, node[option.name], hint, untouched)
         elif Target in (hint, *typing.get_args(hint)):
             if node[option.name] is not None or hint is Target:
-                supplied, given = _SUPPLIED.get(option.name, (0, ()))
+                supplied, given = _supplied(option.name, node[option.name])
                 yield from problems_of_target(untouched.get(path, path), node[option.name], supplied, given)
         else:
             yield from _problems_of_value(path, node[option.name], hint, option.metadata.get("minimum"))
@@ -177,7 +182,18 @@ _SUPPLIED: dict[str, tuple[int, tuple[str, ...]]] = {
     "meta_optimizer": (1, ()),
     "schedule": (1, ()),
     "generate": (0, ("batches",)),
+    "logger": (1, ()),
 }
+
+
+# Slots of a stage: a class is built from its arguments, a function gets this many more at every step.
+_SLOTS = {"transform": 1, "overrides": 2, "initial": 2}
+
+
+def _supplied(option: str, node: Any) -> tuple[int, tuple[str, ...]]:
+    if option in _SLOTS and isinstance(node, Mapping):
+        return (0 if names_class(node.get("_target_")) else _SLOTS[option]), ()
+    return _SUPPLIED.get(option, (0, ()))
 
 
 def _problems_of_value(path: str, value: Any, hint: Any, minimum: float | None) -> Iterator[str]:

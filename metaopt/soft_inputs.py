@@ -63,8 +63,9 @@ class GumbelSamples(FromUpstream):
     arXiv:1611.01144).
 
     `y = softmax((log p_teacher + g) / τ)`, g drawn at each inner step from the replayed random state; the sample is the
-    one-hot argmax of y, and its derivative is taken to be that of y (straight-through, a biased estimate). The sample is
-    the student's label, `L = −mean Σ_v y_v log q_v`, and for sequences also its input, as in `ExpectedEmbeddings`.
+    one-hot argmax of y, and its derivative is taken to be that of y (straight-through: a biased estimate, which central
+    differences of the jumping sample cannot confirm). The sample is the student's label,
+    `L = −mean Σ_v y_v log q_v`, and for sequences also its input, as in `ExpectedEmbeddings`.
 
     Args:
         upstream: the teacher's stage; None for the stage just before.
@@ -175,9 +176,7 @@ def token_embeddings(module: nn.Module) -> Tensor | None:
     return table.weight * getattr(table, "embed_scale", 1.0)  # BART and Gemma scale what they look up
 
 
-def _problem_of_embeddings(
-    loss: FromUpstream, model: nn.Module, upstream: Mapping[str, nn.Module]
-) -> str | None:
+def _problem_of_embeddings(loss: FromUpstream, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
     teacher = upstream.get(loss.upstream or next(reversed(upstream), ""))
     matrix, classes = token_embeddings(model), None if teacher is None else num_classes(teacher)
     if matrix is None or classes is None or len(matrix) == classes:

@@ -18,10 +18,12 @@ from metaopt.estimators import Estimator, Unrolled
 from metaopt.functional import ModelStructure, refuse_unsupported
 from metaopt.handover import HandOver
 from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, Upstream
+from metaopt.learned import FromMeta
 from metaopt.losses import InnerLoss
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.optimizers import Schedule, UpdateRule, per_element
 from metaopt.random_state import derived_seed, draw_seed, seeded
+from metaopt.transforms import NamedParameters
 
 ModelOrFactory = nn.Module | Callable[[], nn.Module]
 OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
@@ -44,6 +46,7 @@ class Stage:
         transform: gradients by name → gradients by name, before the optimizer (clipping, all-reduce).
         initial: meta-parameters, upstream → learned initial weights by parameter name.
         accumulate: batches per inner step; their losses are averaged.
+        autocast: `bfloat16` runs the inner loss under `torch.autocast`; the weights keep their dtype.
         seed: of the stage's random state (dropout, order of the data); drawn from torch's generator if None.
 
     Raises:
@@ -64,6 +67,7 @@ class Stage:
         transform: Transform | None = None,
         initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None,
         accumulate: int = 1,
+        autocast: str | None = None,
         seed: int | None = None,
     ) -> None:
         for name, count in (("num_steps", num_steps), ("accumulate", accumulate)):
@@ -74,6 +78,12 @@ class Stage:
         self.num_steps, self.accumulate = num_steps, accumulate
         self.loss, self.overrides, self.transform, self.initial = loss, overrides, transform, initial
         self.estimator = estimator or Unrolled()
+        if autocast not in (None, "bfloat16"):
+            raise ConfigError(
+                f"Stage: autocast={autocast!r} must be 'bfloat16' or None (float16 would need a loss scale, which "
+                "depends on overflows and has no derivative)"
+            )
+        self.autocast = None if autocast is None else torch.bfloat16
         if seed is not None and seed < 0:
             raise ConfigError(f"Stage: seed={seed} must not be negative")
         self.seed = draw_seed() if seed is None else seed
@@ -134,6 +144,7 @@ class Stage:
             seeds=[self.step_seed(t) for t in range(steps)],
             device=like.device,
             transform=self.transform,
+            autocast=self.autocast,
             hyperparameters=lambda t, meta_params: self._hyperparameters(t, offset + t, meta_params),
             first_of_training=offset == 0,
             first_step=self._schedule_steps,
@@ -178,7 +189,19 @@ class Stage:
     def _hyperparameters(self, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
         scheduled = self._schedule.at(self._schedule_steps + t) if self._schedule is not None else {}
         learned = self.overrides(meta_params, step) if self.overrides is not None else {}
+        both = [key for key in learned if key in scheduled]
+        if both:
+            raise ConfigError(
+                f"schedule and overrides both give {both[0]!r}; leave one of them out, or let overrides compute the "
+                "product from its step t"
+            )
         return {**scheduled, **learned}
+
+    def check_meta_params(self, meta_params: AnyMetaParameters) -> None:
+        """Raise if a slot reads meta-parameters that this stage cannot use; before any training."""
+        for slot in (self.overrides, self.initial):
+            if isinstance(slot, FromMeta):
+                slot.check(self, meta_params)
 
     # --- carrying on --------------------------------------------------------------------------------------------
 
@@ -283,7 +306,7 @@ def _make_optimizer(optimizer: OptimizerOrFactory, model: nn.Module) -> Optimize
             f"Stage: optimizer is a {type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), or "
             "an optimizer over the model's parameters"
         )
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = NamedParameters((n, p) for n, p in model.named_parameters() if p.requires_grad)
     if not trained:
         raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
     return optimizer(trained)

@@ -74,6 +74,14 @@ def locate(path: str) -> Any:
     return found
 
 
+def names_class(path: Any) -> bool:
+    """Return whether a dotted path names a class; False for one that names nothing."""
+    try:
+        return inspect.isclass(locate(path))
+    except Exception:  # said by `problems_of_target`
+        return False
+
+
 def _close(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from metaopt.chain import Chain
+from metaopt.errors import ConfigError
 from metaopt.meta_params import AnyMetaParameters, as_named
 
+META_PARAMS, LAST_META_PARAMS = "meta_params.safetensors", "meta_params_last.safetensors"
 PACKAGES = ("metaopt-chain", "torch", "higher", "transformers", "hydra-core")
 
 
@@ -46,25 +48,65 @@ class RunFolder:
         result = {"status": status, "seconds": seconds, "seed": seed, "versions": versions(), "metrics": dict(metrics)}
         (self.path / "result.json").write_text(json.dumps({**result, **more}, indent=2) + "\n")
 
-    def save_meta_params(self, meta_params: AnyMetaParameters) -> None:
-        """Write the meta-parameters (and their buffers) to `meta_params.safetensors`."""
-        tensors = {
-            ".".join(part for part in (prefix, name) if part): tensor.detach().clone().contiguous()
-            for prefix, module in as_named(meta_params).items()
-            for name, tensor in module.state_dict().items()
-        }
-        save_file(tensors, self.path / "meta_params.safetensors")
+    def save_meta_params(self, meta_params: AnyMetaParameters, last: Mapping[str, Any] | None = None) -> None:
+        """Write the meta-parameters (and their buffers) to `meta_params.safetensors`.
 
-    def save_models(self, chain: Chain) -> None:
-        """Write each stage's model to `models/<stage>`, by its own `save_pretrained` if it has one."""
+        Args:
+            meta_params: one module or a named mapping.
+            last: state dicts by module name, where the last meta-parameters are others than the best, which
+                `meta_params` holds; they go to `meta_params_last.safetensors`.
+        """
+        best = {name: module.state_dict() for name, module in as_named(meta_params).items()}
+        save_file(_joined(best), self.path / META_PARAMS)
+        if last is not None:
+            save_file(_joined(last), self.path / LAST_META_PARAMS)
+
+    def save_models(self, chain: Chain, into: str = "models") -> None:
+        """Write each stage's model to `<into>/<stage>`, by its own `save_pretrained` if it has one."""
         for name, stage in chain.stages.items():
-            folder = self.path / "models" / name
+            folder = self.path / into / name
             folder.mkdir(parents=True, exist_ok=True)
             save_pretrained = getattr(stage.model, "save_pretrained", None)
             if save_pretrained is not None:
                 save_pretrained(folder)
             else:
                 save_file(_untied(stage.model), folder / "model.safetensors")
+
+
+def load_meta_params(meta_params: AnyMetaParameters, folder: str | Path, last: bool = False) -> None:
+    """Load what a run has learned into meta-parameters of the same shapes.
+
+    Args:
+        meta_params: moved in place.
+        folder: the run's.
+        last: the last ones instead of the best on the selection stream, where they differ.
+
+    Raises:
+        ConfigError: there are none, or they do not fit.
+    """
+    path = Path(folder) / META_PARAMS
+    if last and (Path(folder) / LAST_META_PARAMS).is_file():
+        path = Path(folder) / LAST_META_PARAMS
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; name the folder of a run that has written its results")
+    found = load_file(path)
+    for prefix, module in as_named(meta_params).items():
+        start = f"{prefix}." if prefix else ""
+        own = {name.removeprefix(start): tensor for name, tensor in found.items() if name.startswith(start)}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            which = prefix or type(module).__name__
+            raise ConfigError(f"{path} does not fit the meta-parameters {which}: {reason}") from error
+
+
+def _joined(states: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {
+        ".".join(part for part in (prefix, name) if part): tensor.detach().clone().contiguous()
+        for prefix, state in states.items()
+        for name, tensor in state.items()
+    }
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metaopt.accumulation import mean_meta_loss
 from metaopt.chain import Chain, TrainedChain
 from metaopt.data.streams import BatchStream
-from metaopt.diagnostics import backward
+from metaopt.diagnostics import backward, entries
 from metaopt.errors import ConfigError, NonFiniteError, did_you_mean
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective
 from metaopt.random_state import derived_seed, draw_seed, seeded
+from metaopt.ranges import check_counts
 
 _LOOK = 1  # what a seed is derived for, beside the meta-losses
 Carry = str | int  # "always", "never", or N: start anew after every N meta-steps
@@ -86,6 +88,7 @@ class MetaTrainer:
             initial weights), or N (start anew after every N meta-steps); `always` where it is not given.
         selection: early stopping and the best meta-parameters; None for none.
         observers: called with each meta-step's record.
+        validation_batches: of each meta-step; the meta-loss is their mean, for the memory of one of them.
     """
 
     def __init__(
@@ -100,11 +103,13 @@ class MetaTrainer:
         selection: Selection | None = None,
         observers: Sequence[Observer] = (),
         seed: int | None = None,
+        validation_batches: int = 1,
     ) -> None:
+        check_counts("MetaTrainer", validation_batches=validation_batches)
         self.chain, self.objective, self.meta_params = chain, objective, meta_params
         self.meta_optimizer, self.selection, self.observers = meta_optimizer, selection, tuple(observers)
         self.seed = draw_seed() if seed is None else seed
-        self.validation = BatchStream(validation, self.seed)
+        self.validation, self.validation_batches = BatchStream(validation, self.seed), validation_batches
         self.carry = _checked_carry(carry or {}, chain)
         for read in getattr(objective, "reads", ()):
             if read not in chain.stages:
@@ -119,6 +124,7 @@ class MetaTrainer:
         if selection is not None and selection.stage not in chain.stages:
             raise ConfigError(f"selection: no stage {selection.stage!r}{did_you_mean(selection.stage, chain.stages)}")
         self.step = 0
+        self.last_meta_params: dict[str, Any] | None = None  # where `fit` ended with better ones than the last
         self._best: dict[str, Any] = {"score": None, "step": None, "meta_params": None, "looks_since": 0}
 
     @property
@@ -138,16 +144,18 @@ class MetaTrainer:
         start, meta_loss, stopped = time.perf_counter(), float("nan"), False
         while self.step < meta_steps and not stopped:
             began = time.perf_counter()
-            used = self._meta_state()
+            looks = self._is_look(self.step + 1, meta_steps)
+            used = self._meta_state() if looks else {}
             trained, record = self.meta_step()
             meta_loss = record["meta_loss"]
-            if self.selection is not None and (self.step % self.selection.every == 0 or self.step == meta_steps):
+            if looks:
                 record |= self._look(trained, used)
                 patience = self.selection.patience
                 stopped = patience is not None and self._best["looks_since"] >= patience
             record["seconds"] = time.perf_counter() - began
             for observe in self.observers:
                 observe(record)
+        self.last_meta_params = None if self._best["meta_params"] is None else self._meta_state()
         self._restore_best()
         best = self._best
         return MetaResult(self.step, meta_loss, best["score"], best["step"], time.perf_counter() - start, stopped)
@@ -160,22 +168,31 @@ class MetaTrainer:
         """
         trained = self.chain.unroll(self.meta_params)
         with seeded(derived_seed(self.seed, self.step)):
-            meta_loss = self.objective(trained, self.next_batch(), self.meta_params)
+            meta_loss = self._meta_loss(trained)
         meta_loss = require_scalar(meta_loss, f"the meta-objective {type(self.objective).__name__}", needs_graph=False)
         record = {"meta_step": self.step + 1, "meta_loss": meta_loss.item()}
         if self.learns and self.meta_optimizer is not None:
             self.meta_optimizer.zero_grad()
             grads = backward(meta_loss, self.meta_params)
             self.meta_optimizer.step()
-            record["hypergradient_norm"] = torch.cat([g.flatten() for g in grads.values()]).norm().item()
+            record["hypergradient_norm"] = torch.cat([entries(g).flatten() for g in grads.values()]).norm().item()
         elif not bool(meta_loss.detach().isfinite()):
             raise NonFiniteError(f"the meta-loss is {meta_loss.item()}; lower the inner learning rate")
         record |= {f"inner_loss/{name}": losses[-1].item() for name, losses in trained.losses.items()}
-        self.validation.advance(1)
+        self.validation.advance(self.validation_batches)
         self.step += 1
         self.chain.commit(trained)
         self.chain.reset([name for name, period in self.carry.items() if period and self.step % period == 0])
         return trained, record
+
+    def _is_look(self, step: int, meta_steps: int) -> bool:
+        return self.selection is not None and (step % self.selection.every == 0 or step == meta_steps)
+
+    def _meta_loss(self, trained: TrainedChain) -> Tensor:
+        if self.validation_batches == 1:
+            return self.objective(trained, self.next_batch(), self.meta_params)
+        batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
+        return mean_meta_loss(self.objective, trained, batches, self.meta_params)
 
     def _meta_state(self) -> dict[str, Any]:
         return {name: copy.deepcopy(module.state_dict()) for name, module in as_named(self.meta_params).items()}
@@ -206,14 +223,19 @@ class MetaTrainer:
     ) -> tuple[Mapping[str, float], float, bool]:
         best = self._best["score"]
         if selection.score is None or selection.metric is None:
-            losses = [float(self.objective(trained, batch, self.meta_params)) for batch in batches]
-            loss = sum(losses) / len(losses)
+            loss = self.mean_loss(trained, batches)
             return {"loss": loss}, loss, math.isfinite(loss) and (best is None or loss < best)
         metrics = selection.score(trained[selection.stage], batches)
         if selection.metric not in metrics:
             raise ConfigError(f"selection: no metric {selection.metric!r}{did_you_mean(selection.metric, metrics)}")
         score = metrics[selection.metric]
         return metrics, score, math.isfinite(score) and (best is None or score > best)
+
+    @torch.no_grad()
+    def mean_loss(self, trained: TrainedChain, batches: Iterable[Any]) -> float:
+        """Return the meta-objective's mean over batches."""
+        losses = [float(self.objective(trained, self.chain.move(batch), self.meta_params)) for batch in batches]
+        return sum(losses) / len(losses)
 
     def _restore_best(self) -> None:
         if self._best["meta_params"] is not None:

@@ -16,6 +16,7 @@ from small import (
     SIZE,
     assert_same,
     chain_state,
+    cross_entropy,
     example_weights,
     feature_batches,
     one_stage,
@@ -219,6 +220,26 @@ def test_a_float32_operation_inside_leaves_it_undecided():
     assert not result.ok
     assert "undecided: the difference is uncertain by" in str(result)
     assert "float32 operation" in result.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("offset", "slope", "steps", "found"),
+    [(0.29e-6, 5.2e-3, [1e-3, 1e-4], 5e-3), (0.0, 1.2e-3, [1e-3, 1e-4, 1e-5], 0.0)],
+    ids=["equal", "zero"],
+)
+def test_two_differences_that_are_equal_by_a_fluke_leave_it_undecided(offset, slope, steps, found):
+    """A meta-loss in grains of 1e-6: the last two differences of the sweep agree, and are wrong."""
+    meta_params = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(meta_params.weight)
+
+    def in_grains(trained: Any, batch: Any, meta_params: Any) -> Tensor:
+        value = offset + slope * meta_params.weight.sum()
+        return value + ((value / 1e-6).round() * 1e-6 - value).detach()
+
+    result = check(one_stage(cross_entropy), meta_params, in_grains, steps=steps)
+    assert abs(result.rows[0].difference) == pytest.approx(found)
+    assert abs(result.rows[0].hypergradient) == pytest.approx(slope)
+    assert verdicts(result) == ["undecided"]
 
 
 def test_running_statistics_are_named_when_rows_differ():

@@ -62,7 +62,7 @@ def test_the_number_of_config_files() -> None:
         "debug": 1,
         "estimator": 1,
         "experiment": 2,
-        "handover": 5,
+        "handover": 8,
         "loss": 2,
         "meta_optimizer": 3,
         "meta_params": 4,
@@ -136,9 +136,9 @@ def test_the_hand_over_gives_data_and_loss() -> None:
     stages = prepared("handover=decoded").stages
     assert stages.student.generate._target_ == "metaopt.handover.Decoded"
     assert stages.teacher.generate is None
-    stages = prepared("handover=hidden_states").stages
+    stages = prepared("handover=soft_labels").stages
     assert stages.student.generate is None
-    assert stages.student.loss._target_ == "metaopt.HiddenStates"
+    assert stages.student.loss._target_ == "metaopt.Distillation"
     assert stages.teacher.loss._target_ == "metaopt.WeightedLoss"
 
 

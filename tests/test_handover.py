@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,10 @@ from small import (
     two_stages,
 )
 from small_models import Network
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import metaopt
-from metaopt.handover import Decoded
+from metaopt.handover import Decoded, Generated
 
 
 class Relabelled(metaopt.HandOver):
@@ -180,3 +182,114 @@ def test_decoded_refuses_what_it_cannot_write():
     assert Decoded([], **TOKENS, upstream="teacher").reads == ("teacher",)
     with pytest.raises(metaopt.ConfigError, match="Decoded: no earlier stage 'techer'"):
         Decoded([], **TOKENS, upstream="techer").write({"teacher": None}, [text_batch()])  # type: ignore[dict-item]
+
+
+# --- generate
+
+
+def ending(model: Any, batch: Any, **generation: Any) -> int:
+    """A token that the teacher writes in the middle of an answer."""
+    return int(Generated([batch], {"max_new_tokens": 5, **generation}).write({"t": model}, [batch])[0]["labels"][0, 2])
+
+
+def with_tokens(model: Any) -> Any:
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = config.decoder_start_token_id = 1
+        config.pad_token_id = 0
+        config.eos_token_id = None
+    return model
+
+
+def causal() -> Any:
+    config = GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5)
+    return with_tokens(GPT2LMHeadModel(config).double())
+
+
+def test_generate_uses_the_trained_weights_and_no_graph():
+    torch.manual_seed(1)
+    batch = text_batch()
+    module = with_tokens(bert2bert())
+    teacher = trained_model(module, batch, num_steps=6).eval()
+    before, inputs = copy.deepcopy(module.state_dict()), {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with teacher.as_module() as lent:
+        found = lent.generate(**inputs, max_new_tokens=5, num_beams=3)
+    plain = plain_copy(module, teacher).eval()
+    assert_same(found, plain.generate(**inputs, max_new_tokens=5, num_beams=3))
+    assert not torch.equal(found, module.eval().generate(**inputs, max_new_tokens=5, num_beams=3))
+    assert_same(dict(module.state_dict()), dict(before))
+    generation = {"max_new_tokens": 5, "num_beams": 3}
+    written = Generated([batch], generation).write({"teacher": teacher}, [batch])[0]
+    assert_same(written["decoder_input_ids"], found[:, :-1])
+    assert_same(written["labels"], found[:, 1:])
+    assert not written["decoder_input_ids"].requires_grad
+
+
+def test_greedy_generation_is_decoding():
+    torch.manual_seed(1)
+    batches = [text_batch(seed) for seed in range(3)]
+    teacher = trained_model(with_tokens(bert2bert()), batches[0], num_steps=6).eval()
+    eos = ending(teacher, batches[0])
+    greedy = {"max_new_tokens": 5, "eos_token_id": eos, "pad_token_id": 0}
+    written = Generated(batches, greedy).write({"teacher": teacher}, batches)
+    decoded = Decoded(batches, **{**TOKENS, "eos_token_id": eos}).write({"teacher": teacher}, batches)
+    assert any((batch["labels"] == -100).any() for batch in decoded)
+    for ours, theirs in zip(decoded, written, strict=True):
+        length = theirs["labels"].shape[1]
+        assert_same(theirs["labels"], ours["labels"][:, :length])
+        assert_same(theirs["decoder_input_ids"], ours["decoder_input_ids"][:, :length])
+
+
+def test_a_causal_teacher_continues_its_prompts():
+    torch.manual_seed(1)
+    prompts = text_batch(decoder=False)
+    del prompts["labels"]
+    prompts["input_ids"][0, :2], prompts["attention_mask"][0, :2] = 0, 0
+    teacher = trained_model(causal(), text_batch(decoder=False)).eval()
+    eos = ending(teacher, prompts)
+    generation = {"max_new_tokens": 4, "eos_token_id": eos}
+    written = Generated([prompts], generation).write({"t": teacher}, [prompts])[0]
+    assert (written["input_ids"][:, :5] == prompts["input_ids"]).all()
+    assert (written["labels"][:, :4] == -100).all()  # the prompt's own tokens are not learned
+    logits = teacher(**inputs_of(written)).logits
+    for row in range(4):
+        counted = written["labels"][row] != -100
+        assert int(counted.sum()) >= 1
+        assert written["labels"][row][counted].tolist() == logits[row][counted].argmax(-1).tolist()  # greedy: its own
+        tokens = written["labels"][row][counted].tolist()
+        assert eos not in tokens[:-1]
+    assert any(eos in row for row in written["labels"].tolist())
+    right = {**prompts, "attention_mask": prompts["attention_mask"].flip(1)}
+    with pytest.raises(metaopt.StageError, match="padded on the left"):
+        Generated([right], generation).write({"t": teacher}, [right])
+
+
+def test_samples_are_replayed_until_a_commit_and_carry_the_gradient_along_them():
+    torch.manual_seed(2)
+    batches = [{k: v for k, v in text_batch(s).items() if k not in ("labels", "decoder_input_ids")} for s in range(3)]
+    written: list[Any] = []
+
+    class Remembering(Generated):
+        def write(self, upstream: Any, batches: Sequence[Any]) -> Sequence[Any]:
+            written.append(super().write(upstream, batches))
+            return written[-1]
+
+    handover = Remembering(batches, {"max_new_tokens": 4, "do_sample": True}, upstream="teacher")
+    chain = metaopt.Chain(
+        teacher=metaopt.Stage(with_tokens(bert2bert()), ADAM, metaopt.WeightedLoss(), [text_batch()], 2, seed=1),
+        student=metaopt.Stage(bert2bert(), ADAM, metaopt.Distillation("teacher"), handover, 2, seed=2),
+    )
+    weights = example_weights(4)
+    first, again = chain.unroll(weights), chain.unroll(weights)
+    assert_same(written[0], written[1])
+    assert_same(tensors_of(first), tensors_of(again))
+    meta_loss = metaopt.ValidationLoss("student")(first, text_batch(7), weights)
+    assert metaopt.hypergradient(meta_loss, weights)["logits"].abs().max() > 0
+    chain.commit(again)
+    chain.unroll(weights)
+    assert not torch.equal(written[2][0]["labels"], written[0][0]["labels"])
+
+
+def test_generating_needs_a_generate():
+    teacher = trained_model(Network(), feature_batches(1)[0])
+    with pytest.raises(metaopt.StageError, match=r"a Network, has no generate\(\); use Decoded"):
+        Generated(feature_batches()).write({"teacher": teacher}, feature_batches())

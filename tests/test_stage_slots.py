@@ -53,6 +53,9 @@ def test_accumulated_batches_are_one_larger_batch(run):
     outcome, expected = (getattr(chain, run)(example_weights()) for chain in (accumulated, whole))
     assert_same(weights_of(outcome), weights_of(expected), 1e-14)
     assert_same(outcome.losses, expected.losses, 1e-14)
+    if run == "unroll":
+        accumulated.commit(outcome)
+    assert accumulated.state_dict()["only"]["stream"]["position"] == 6
 
 
 # --- schedule, overrides, transform, initial
@@ -70,13 +73,16 @@ def test_a_schedule_is_that_of_plain_torch(run):
         cross_entropy(model, batch, None, None).backward()
         optimizer.step()
         scheduler.step()
+    found = []
     for _ in range(2):
+        outcome = getattr(chain, run)(example_weights())
+        found.append(weights_of(outcome))
         if run == "unroll":
-            chain.commit(chain.unroll(example_weights()))
-        else:
-            chain.train(example_weights())
+            chain.commit(outcome)
     assert_same(dict(chain.stages["only"].model.named_parameters()), dict(model.named_parameters()), 1e-12)
     assert chain.stages["only"].optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    chain.reset()  # the schedule begins again; the batches are the first ones again after two rounds
+    assert_same(weights_of(getattr(chain, run)(example_weights())), found[0])
 
 
 def test_a_schedule_that_needs_a_metric_is_refused():
@@ -88,7 +94,10 @@ BAD_OVERRIDES: dict[str, tuple[Any, str]] = {
     "unknown": (lambda meta, t: {"learning_rate": 0.1}, r"SGD has no hyperparameter 'learning_rate'"),
     "misspelt": (lambda meta, t: {"momentun": 0.1}, r"did you mean 'momentum'"),
     "wrong length": (lambda meta, t: {"lr": [0.1, 0.2]}, r"'lr' has 2 values for 1 parameter groups"),
-    "not learnable": (lambda meta, t: {"momentum": meta.logits.mean()}, r"'momentum' is a tensor that requires grad"),
+    "not learnable": (lambda meta, t: {"nesterov": meta.logits.mean()}, r"'nesterov' is a tensor that requires grad"),
+    "zero momentum": (lambda meta, t: {"momentum": 0 * meta.logits.mean()}, r"at 0 torch keeps no momentum buffer"),
+    "no such parameter": (lambda meta, t: {"lr": {"linear.weigth": 0.1}}, r"did you mean 'linear.weight'"),
+    "one per element": (lambda meta, t: {"lr": meta.logits}, r"'lr' has shape \[15\]"),
 }
 
 

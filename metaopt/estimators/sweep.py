@@ -20,7 +20,7 @@ from metaopt.estimators.stores import Kept, StepRecord, Tape
 from metaopt.functional import FunctionalModel, graph_leaves
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
-from metaopt.optimizers import State, per_element
+from metaopt.optimizers import State, carries_gradient
 
 Tensors = dict[str, Tensor]
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
@@ -165,7 +165,7 @@ class Sweep:
     ) -> tuple[Tensors, dict[StateKey, Tensor], Tensors]:
         """Pull cotangents back through `update`: to the weights and state before it, and to the raw gradient."""
         present = {name: g for name, g in gradient.items() if g is not None}
-        flowing = {(n, k): v for n, entry in record.state.items() for k, v in entry.items() if per_element(k, v)}
+        flowing = {(n, k): v for n, entry in record.state.items() for k, v in entry.items() if carries_gradient(k, v)}
         at, raw, kept = _as_leaves(record.params), _as_leaves(present), _as_leaves(flowing)
         learned = _as_leaves({name: t for (stage, name), t in self.others.items() if stage is None})
         entries: State = {n: {k: kept.get((n, k), v) for k, v in entry.items()} for n, entry in record.state.items()}

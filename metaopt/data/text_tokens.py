@@ -1,0 +1,129 @@
+"""Text as tokens: the tokenizer, its special tokens, and lengths with a word on what was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from metaopt.errors import ConfigError
+
+CHARACTERS = "characters"
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+NO_LIMIT = 10**6  # what a tokenizer without a limit says is far above
+
+
+def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per character that occurs in these texts; any other is `<unk>`."""
+    alphabet = sorted({character for text in texts for character in text})
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *alphabet])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub name; one without a filler token fills with its end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"text: cannot load tokenizer={name!r}: give a folder that holds one, a name on the Hugging Face hub, or "
+            f"{CHARACTERS!r} to make one of the characters in the training data ({reason})"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"text: tokenizer={name!r} has neither a filler nor an end token; set one and save it: "
+                "tokenizer.pad_token = ...; tokenizer.save_pretrained(folder)"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """Return the token that ends a text: `eos`, or BERT's `sep`."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+
+
+def begin_token(tokenizer: Any) -> int | None:
+    """Return the token that begins a text: `bos`, or BERT's `cls`."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+
+
+def decoder_start(tokenizer: PreTrainedTokenizerBase, name: str, given: int | None) -> int:
+    """Return the token with which a decoder begins: as given, as the model beside the tokenizer says, or `bos`."""
+    if given is not None:
+        if not 0 <= given < len(tokenizer):
+            raise ConfigError(
+                f"text: decoder_start_token_id={given} must be a token of the vocabulary, from 0 to "
+                f"{len(tokenizer) - 1}"
+            )
+        return given
+    start = None
+    if name != CHARACTERS:
+        try:
+            start = getattr(AutoConfig.from_pretrained(name), "decoder_start_token_id", None)
+        except (OSError, ValueError):  # a tokenizer on its own
+            start = None
+    start = begin_token(tokenizer) if start is None else start
+    if start is None:
+        raise ConfigError(
+            f"text: tokenizer={name!r} does not say which token begins an answer; give decoder_start_token_id (for T5 "
+            f"that is its filler, {tokenizer.pad_token_id})"
+        )
+    return start
+
+
+@dataclass
+class Lengths:
+    """Limits the tokens of texts and counts what it cuts.
+
+    Args:
+        limit: tokens of the longest text that stays whole; None for no limit.
+        option: the limit's name, for the message.
+    """
+
+    limit: int | None
+    option: str
+    longest: int = 0  # after cutting
+    _cut: list[str] = field(default_factory=list)
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: str, special: bool = True, room: int = 0
+    ) -> list[list[int]]:
+        """Return each text's tokens, cut to the limit.
+
+        Args:
+            what: these texts, in the message: `train inputs`.
+            special: with the tokens that the tokenizer itself adds.
+            room: tokens that will be added afterwards and count, too.
+        """
+        options: dict[str, Any] = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+        encoded: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]  # type: ignore[assignment]
+        limit = NO_LIMIT if self.limit is None else self.limit - room
+        added = tokenizer.num_special_tokens_to_add() if special else 0
+        if limit <= added:
+            raise ConfigError(
+                f"text: {self.option}={self.limit} leaves no room for text: {room + added} tokens are added to each of "
+                f"the {what}; raise it"
+            )
+        long = [i for i, tokens in enumerate(encoded) if len(tokens) > limit]
+        if long:
+            worst = max(len(encoded[i]) for i in long) + room
+            self._cut.append(f"{len(long)} of {len(texts)} {what} (longest: {worst})")
+            shorter = tokenizer([texts[i] for i in long], truncation=True, max_length=limit, **options)["input_ids"]
+            for i, tokens in zip(long, shorter, strict=True):  # type: ignore[arg-type]
+                encoded[i] = tokens
+        self.longest = max([self.longest, *(len(tokens) + room for tokens in encoded)])
+        return encoded
+
+    @property
+    def message(self) -> str | None:
+        """What was cut, or None."""
+        return f"cut to {self.option}={self.limit} tokens: {', '.join(self._cut)}" if self._cut else None
