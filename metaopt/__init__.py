@@ -41,6 +41,8 @@ _PUBLIC = {
     "InitialWeights": "learned",
     "InnerLoss": "losses",
     "LearnedHyperparameters": "learned",
+    "LabelSmoothing": "losses",
+    "load_meta_params": "tracking",
     "MetaObjective": "objectives",
     "MetaParameters": "meta_params",
     "MetaTrainer": "trainer",
@@ -114,6 +116,7 @@ if TYPE_CHECKING:
     from metaopt.losses import HardLabels as HardLabels
     from metaopt.losses import HiddenStates as HiddenStates
     from metaopt.losses import InnerLoss as InnerLoss
+    from metaopt.losses import LabelSmoothing as LabelSmoothing
     from metaopt.losses import WeightedLoss as WeightedLoss
     from metaopt.meta_params import ClassWeights as ClassWeights
     from metaopt.meta_params import ExampleWeights as ExampleWeights
@@ -135,6 +138,7 @@ if TYPE_CHECKING:
     from metaopt.soft_targets import SoftTargetLoss as SoftTargetLoss
     from metaopt.soft_targets import SoftTargets as SoftTargets
     from metaopt.stage import Stage as Stage
+    from metaopt.tracking import load_meta_params as load_meta_params
     from metaopt.trainer import MetaTrainer as MetaTrainer
     from metaopt.transforms import ClipNorm as ClipNorm
     from metaopt.transforms import ClipValue as ClipValue

@@ -62,6 +62,7 @@ def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
     raw["facts"] = known
     filled = OmegaConf.create(raw, flags={"allow_objects": True})
     plain, unresolved = _resolved(raw, filled)
+    unresolved = [problem for problem in unresolved if problem.split(".")[0] not in unused]
     _raise_if_any([*unresolved, *problems_of(plain, {})])
     return filled
 

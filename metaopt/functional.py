@@ -221,6 +221,10 @@ class InnerModel(FunctionalModel):
     def _call_buffers(self) -> Tensors:
         return self.buffers
 
+    def train(self, mode: bool = True) -> FunctionalModel:
+        """Return the model itself, which is in train mode already, or a view in eval mode."""
+        return self if mode else super().train(False)
+
 
 class _Boundary(torch.autograd.Function):
     """Identity over many tensors as one node of the graph.
@@ -307,6 +311,10 @@ class DifferentiableCopy:
         fast = self._diffopt.step(loss, params=[params[name] for name in self._names], **options)
         return dict(zip(self._names, fast, strict=True))
 
+    def release(self) -> None:
+        """Let go of what the optimizer holds of the graph."""
+        self._diffopt.release()
+
     @property
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The inner optimizer's state by parameter name, in the graph."""
@@ -324,12 +332,13 @@ def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[s
     """
     view = _View({name: structure.params[name] for name in names})
     with higher.innerloop_ctx(view, optimizer, copy_initial_weights=True) as (fmodel, diffopt):
+        opened = DifferentiableCopy(structure, names, fmodel, diffopt)
         try:
-            yield DifferentiableCopy(structure, names, fmodel, diffopt)
+            yield opened
         finally:
             fmodel._fast_params = []  # higher refers in circles to every step's weights, and they to their graph
             fmodel._parameters.clear()
-            diffopt.release()
+            opened.release()
 
 
 def _walk(loss: Tensor) -> Iterator[Any]:

@@ -7,6 +7,7 @@ step with that step's hyperparameters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -78,6 +79,7 @@ class InnerLoop:
         """T, the number of inner steps."""
         return len(self.batches)
 
+    @functools.cached_property
     def frozen(self) -> Tensors:
         """Return copies of the parameters that no step changes."""
         trained = set(self.rule.names)
@@ -176,7 +178,7 @@ class InnerLoop:
                     "the inner learning rate"
                 )
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
-        model = FunctionalModel(self.structure, {**self.frozen(), **params}, buffers, optimizer_state=detached)
+        model = FunctionalModel(self.structure, {**self.frozen, **params}, buffers, optimizer_state=detached)
         return InnerResult(model, values, self.num_steps, self.num_steps)
 
     def run_without_graph(
@@ -223,7 +225,7 @@ class PlainSteps:
     ) -> None:
         self.buffers = buffers
         self._loop, self._meta_params, self._upstream = loop, meta_params, upstream
-        self._frozen = loop.frozen()
+        self._frozen = loop.frozen
         self._params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
         self._optimizer = loop.rule.bind(self._params, state)
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, did_you_mean
@@ -197,10 +196,23 @@ def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, s
             f"{reader} has {len(table)} weights, and batch[{key!r}] runs from {int(index.min())} to "
             f"{int(index.max())}; number from 0, and build it with one weight for each"
         )
-    if not sparse:
+    return _SparseRows.apply(table, index) if sparse else table[index]
+
+
+class _SparseRows(torch.autograd.Function):
+    """`table[index]`, whose gradient is a sparse tensor that holds only the rows that were read."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = table.shape
         return table[index]
-    rows = F.embedding(index, table.view(len(table), -1), sparse=True)
-    return rows.view(*index.shape, *table.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        rows = gradients[0].reshape(index.numel(), *ctx.shape[1:])
+        return torch.sparse_coo_tensor(index.reshape(1, -1), rows, ctx.shape, check_invariants=False), None
 
 
 def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:

@@ -49,8 +49,8 @@ def encoder_decoder(
     max_length = max(max_length, max_target_length or 0)
     if hidden_size % num_heads:
         raise ConfigError(f"{where}: num_heads={num_heads} must divide hidden_size={hidden_size}")
-    if not initializer_range > 0:
-        raise ConfigError(f"{where}: initializer_range={initializer_range} must be positive")
+    if not (isinstance(initializer_range, int | float) and initializer_range > 0):
+        raise ConfigError(f"{where}: initializer_range={initializer_range!r} must be a positive number")
     _check_dropout(where, dropout)
     tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     _check_tokens(where, tokens, vocab_size)
@@ -61,9 +61,9 @@ def encoder_decoder(
         num_attention_heads=num_heads,
         intermediate_size=intermediate_size,
         max_position_embeddings=max_length,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=initializer_range,
+        hidden_dropout_prob=float(dropout),
+        attention_probs_dropout_prob=float(dropout),
+        initializer_range=float(initializer_range),
         type_vocab_size=1,
         **tokens,
     )
@@ -121,8 +121,8 @@ def _check_tokens(where: str, tokens: Mapping[str, Any], vocab_size: int) -> Non
 
 
 def _check_dropout(where: str, dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{where}: dropout={dropout} must lie between 0 and 1 (1 excluded)")
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ConfigError(f"{where}: dropout={dropout!r} must lie between 0 and 1 (1 excluded)")
 
 
 class MLP(nn.Module):

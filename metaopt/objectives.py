@@ -95,9 +95,7 @@ class SumOfObjectives(MetaObjective):
 
     def __init__(self, terms: Mapping[str, MetaObjective], weights: Mapping[str, float] | None = None) -> None:
         if not terms:
-            raise ConfigError(
-                "SumOfObjectives: terms is empty; give at least one: {'loss': ValidationLoss('student')}"
-            )
+            raise ConfigError("SumOfObjectives: terms is empty; give at least one: {'loss': ValidationLoss('student')}")
         self.terms, self.weights = dict(terms), dict(weights or {})
         for name in self.weights:
             if name not in self.terms:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import higher
@@ -18,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metaopt.errors import ConfigError, did_you_mean
+from metaopt.errors import ConfigError
+from metaopt.flattened import Flattened, State
+from metaopt.hyperparameters import Group, Overrides, check_overrides, learned_rates, with_overrides
 from metaopt.optimizer_kinds import SUPPORTED as SUPPORTED
 from metaopt.optimizer_kinds import carries_gradient as carries_gradient
 from metaopt.optimizer_kinds import kind_of
@@ -26,19 +27,9 @@ from metaopt.optimizer_kinds import per_element as per_element
 from metaopt.optimizer_probe import probe
 from metaopt.schedules import Schedule as Schedule
 from metaopt.torch_step import plain, shallow, torch_step, tracked
+from metaopt.transforms import NamedParameters
 
 Tensors = dict[str, Tensor]
-State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of that parameter
-# Hyperparameter → a value for all groups, a list of one per group, or a mapping from parameter names
-Overrides = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group: its hyperparameters and the names of its trained parameters."""
-
-    hyperparameters: dict[str, Any]
-    names: tuple[str, ...]
 
 
 class UpdateRule:
@@ -80,6 +71,13 @@ class UpdateRule:
             for group, members in zip(self.optimizer.param_groups, self._members, strict=True)
         ]
 
+    def snapshot(self) -> UpdateRule:
+        """Return the same rule with today's hyperparameters, whatever the user's optimizer is set to later."""
+        rule = copy.copy(self)
+        rule.optimizer = shallow(self.optimizer, [dict(group) for group in self.optimizer.param_groups])
+        rule.optimizer.state = self.optimizer.state
+        return rule
+
     def initial_state(self) -> State:
         """Copy the user's optimizer's present state (empty for a fresh one), detached."""
         state = {name: self.optimizer.state.get(self._params[name], {}) for name in self.names}
@@ -87,53 +85,7 @@ class UpdateRule:
 
     def check_overrides(self, overrides: Overrides) -> None:
         """Raise for hyperparameters that the optimizer does not have, and for ones that cannot be learned."""
-        for key, value in overrides.items():
-            self._check_known(key)
-            if isinstance(value, list) and len(value) != len(self._members):
-                raise ConfigError(
-                    f"overrides: {key!r} has {len(value)} values for {len(self._members)} parameter groups; "
-                    "give one value, or a list of one per group"
-                )
-            unknown = [name for name in value if name not in self.names] if isinstance(value, Mapping) else []
-            if unknown:
-                raise ConfigError(
-                    f"overrides: {key!r} names {unknown[0]!r}, which is no trained parameter"
-                    f"{did_you_mean(unknown[0], self.names)}"
-                )
-            for learned in _learned(value):
-                self._check_learnable(key, learned)
-
-    def _check_known(self, key: str) -> None:
-        known = [k for k in self.optimizer.param_groups[0] if k != "params"]
-        if key not in known:
-            raise ConfigError(
-                f"overrides: {type(self.optimizer).__name__} has no hyperparameter {key!r}{did_you_mean(key, known)}"
-            )
-
-    def _check_learnable(self, key: str, value: Tensor) -> None:
-        name = type(self.optimizer).__name__
-        if key not in self._kind.learnable:
-            reason = (self._kind.reasons or {}).get(key)
-            can = f"{name} can learn {', '.join(self._kind.learnable) or 'none'}"
-            raise ConfigError(
-                f"overrides: {key!r} is a tensor that requires grad, and cannot be learned"
-                f"{f' ({reason})' if reason else ''}; {can}; pass a float"
-            )
-        if value.numel() != 1:
-            raise ConfigError(
-                f"overrides: {key!r} has shape {list(value.shape)}; give one number, a list of one per parameter "
-                "group, or a mapping from parameter names to numbers"
-            )
-        if key == "momentum" and not value.item() > 0:
-            raise ConfigError(
-                f"overrides: a learned momentum is {value.item()}, and at 0 torch keeps no momentum buffer; keep it "
-                "above 0 (a sigmoid does)"
-            )
-
-    def check_learnable(self, key: str) -> None:
-        """Raise if a hyperparameter of this optimizer cannot be learned; before any training."""
-        self._check_known(key)
-        self._check_learnable(key, torch.tensor(1.0))
+        check_overrides(overrides, self.optimizer, self._kind, self._members)
 
     def step(
         self,
@@ -151,13 +103,13 @@ class UpdateRule:
         self.check_overrides(overrides)
         linear = self._kind.linear_in_rate
         new_params, new_state = dict(params), dict(state)
-        for group in _with_overrides(self.groups, overrides, together=("lr",) if linear else ()):
+        for group in with_overrides(self.groups, overrides, together=("lr",) if linear else ()):
             names = [name for name in group.names if gradients.get(name) is not None]
-            scales = _learned_rates(group) if linear else None
+            scales = learned_rates(group) if linear else None
             hyperparameters = {k: tracked(v) for k, v in group.hyperparameters.items()}
             hyperparameters |= {} if scales is None else {"lr": 1.0}
             for bucket in self._buckets(names, params, state):
-                flat = _Flat(bucket, params)
+                flat = Flattened(bucket, params)
                 moved, moved_state = torch_step(
                     self.optimizer,
                     self._kind.step,
@@ -187,7 +139,7 @@ class UpdateRule:
     def set_hyperparameters(self, bound: Optimizer, overrides: Overrides) -> None:
         """Give a bound optimizer the hyperparameters of one step, as plain values; the rest are the user's own."""
         self.check_overrides(overrides)
-        groups = _with_overrides(self.groups, overrides)
+        groups = with_overrides(self.groups, overrides)
         values = [{k: plain(v) for k, v in group.hyperparameters.items()} for group in groups]
         if bound is self.optimizer:
             for group, given in zip(bound.param_groups, values, strict=True):
@@ -264,67 +216,21 @@ class DifferentiableTorchOptimizer(higher.optim.DifferentiableOptimizer):
 higher.register_optim(HigherOptimizer, DifferentiableTorchOptimizer)  # pyright: ignore[reportArgumentType]
 
 
-class _Flat:
-    """Several tensors as one: elementwise optimizers take the same step on the concatenation, in fewer calls."""
-
-    def __init__(self, names: Sequence[str], params: Tensors) -> None:
-        self._names = names
-        self._shapes = [params[name].shape for name in names]
-        self._sizes = [shape.numel() for shape in self._shapes]
-
-    def join(self, tensors: Mapping[str, Any]) -> Tensor:
-        parts = [tensors[name].reshape(-1) for name in self._names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def split(self, flat: Tensor) -> Tensors:
-        parts = zip(self._names, flat.split(self._sizes), self._shapes, strict=True)
-        return {name: part.view(shape) for name, part, shape in parts}
-
-    def join_state(self, state: State) -> dict[str, Any]:
-        first = state.get(self._names[0], {})
-        return {
-            k: self.join({n: state[n][k] for n in self._names}) if per_element(k, v) else v for k, v in first.items()
-        }
-
-    def split_state(self, state: dict[str, Any]) -> State:
-        parts = {k: self.split(v) if per_element(k, v) else dict.fromkeys(self._names, v) for k, v in state.items()}
-        return {name: {k: part[name] for k, part in parts.items()} for name in self._names}
-
-
 def _private(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _learned(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a graph that an override holds."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        yield value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    for part in parts:
-        yield from _learned(part)
-
-
-def _with_overrides(groups: list[Group], overrides: Overrides, together: Sequence[str] = ()) -> list[Group]:
-    """Return the groups of one step; one that gets values by parameter name is split, but for keys in `together`."""
-    out = []
-    for i, group in enumerate(groups):
-        values = {k: v[i] if isinstance(v, list) else v for k, v in overrides.items()}
-        mapped = {k: v for k, v in values.items() if isinstance(v, Mapping)}
-        split = any(k not in together for k in mapped)
-        for names in [(name,) for name in group.names] if split else [group.names]:
-            own = {
-                k: {n: v.get(n, group.hyperparameters[k]) for n in names} if not split else v[names[0]]
-                for k, v in mapped.items()
-                if not split or names[0] in v
-            }
-            given = {k: v for k, v in values.items() if k not in mapped}
-            out.append(Group({**group.hyperparameters, **given, **own}, names))
-    return out
-
-
-def _learned_rates(group: Group) -> dict[str, Any] | None:
-    """Return by name the learned rates that scale a step of rate 1, or None where nothing is learned."""
-    rate = group.hyperparameters["lr"]
-    if isinstance(rate, Mapping):
-        return dict(rate)
-    return dict.fromkeys(group.names, rate) if isinstance(rate, Tensor) and rate.requires_grad else None
+def make_optimizer(optimizer: Any, model: torch.nn.Module) -> Optimizer:
+    """Return the user's optimizer, or the one that a factory makes over the parameters that require grad."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    factory: Any = optimizer
+    if not callable(factory):
+        raise ConfigError(
+            f"Stage: optimizer is a {type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), or "
+            "an optimizer over the model's parameters"
+        )
+    trained = NamedParameters((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    if not trained:
+        raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
+    return factory(trained)

@@ -21,9 +21,8 @@ from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, 
 from metaopt.learned import FromMeta
 from metaopt.losses import InnerLoss
 from metaopt.meta_params import AnyMetaParameters
-from metaopt.optimizers import Schedule, UpdateRule, per_element
+from metaopt.optimizers import Schedule, UpdateRule, make_optimizer, per_element
 from metaopt.random_state import derived_seed, draw_seed, seeded
-from metaopt.transforms import NamedParameters
 
 ModelOrFactory = nn.Module | Callable[[], nn.Module]
 OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
@@ -94,7 +93,7 @@ class Stage:
         if lazy:
             raise ConfigError(f"Stage: parameter {lazy[0]!r} has no shape yet; run one batch through the model first")
         self.structure = ModelStructure(self.model)
-        self.optimizer = _make_optimizer(optimizer, self.model)
+        self.optimizer = make_optimizer(optimizer, self.model)
         self.rule = UpdateRule(self.optimizer, self.structure.params)
         self._schedule = Schedule(schedule, self.optimizer) if schedule is not None else None
         self._initial = self._tensors() if self._factory is None else None
@@ -135,17 +134,18 @@ class Stage:
         like = next(iter(self.structure.params.values()))
         batches = [move(batch, like) for batch in batches]
         micro = [batches[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
+        scheduled = self._schedule_steps  # as it is now: a sweep may ask after a commit
         return InnerLoop(
             name=name,
             structure=self.structure,
-            rule=self.rule,
+            rule=self.rule.snapshot(),
             loss=self.loss,
             batches=micro,
             seeds=[self.step_seed(t) for t in range(steps)],
             device=like.device,
             transform=self.transform,
             autocast=self.autocast,
-            hyperparameters=lambda t, meta_params: self._hyperparameters(t, offset + t, meta_params),
+            hyperparameters=lambda t, meta_params: self._hyperparameters(scheduled + t, offset + t, meta_params),
             first_of_training=offset == 0,
             first_step=self._schedule_steps,
             initial=self.initial,
@@ -164,7 +164,8 @@ class Stage:
             return []
         if self._stream is not None and not isinstance(self._source, HandOver):
             return self._stream.peek(count)
-        with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES)):
+        device = next(iter(self.structure.params.values())).device
+        with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES), device):
             if isinstance(self._source, HandOver):
                 assert self._stream is not None
                 written = list(self._source.write(upstream, self._stream.peek(count)))
@@ -187,7 +188,7 @@ class Stage:
             )
 
     def _hyperparameters(self, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
-        scheduled = self._schedule.at(self._schedule_steps + t) if self._schedule is not None else {}
+        scheduled = self._schedule.at(t) if self._schedule is not None else {}
         learned = self.overrides(meta_params, step) if self.overrides is not None else {}
         both = [key for key in learned if key in scheduled]
         if both:
@@ -296,20 +297,6 @@ class Stage:
         if callable(source) and not isinstance(source, Iterable):
             return None
         return BatchStream(source, derived_seed(self.seed, 0, _BATCHES))
-
-
-def _make_optimizer(optimizer: OptimizerOrFactory, model: nn.Module) -> Optimizer:
-    if isinstance(optimizer, Optimizer):
-        return optimizer
-    if not callable(optimizer):
-        raise ConfigError(
-            f"Stage: optimizer is a {type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), or "
-            "an optimizer over the model's parameters"
-        )
-    trained = NamedParameters((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    if not trained:
-        raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
-    return optimizer(trained)
 
 
 def move(batch: Any, like: Tensor) -> Any:

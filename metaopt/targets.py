@@ -20,7 +20,9 @@ _SEQUENCES = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, c
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
-def problems_of_target(where: str, node: Any, supplied: int = 0, given: Collection[str] = ()) -> Iterator[str]:
+def problems_of_target(
+    where: str, node: Any, supplied: int = 0, given: Collection[str] = (), complete: bool = True
+) -> Iterator[str]:
     """Yield what is wrong with a `_target_` node and those nested in it.
 
     Args:
@@ -28,6 +30,7 @@ def problems_of_target(where: str, node: Any, supplied: int = 0, given: Collecti
         node: a plain container; strings with `${` are not resolved yet and are not checked.
         supplied: how many positional arguments the program adds when it calls the target.
         given: names of arguments that the program adds.
+        complete: False where what calls the target is not known, so that it may add any argument.
     """
     if not isinstance(node, Mapping):
         yield f"{where} = {node!r}: a mapping with a _target_ is needed"
@@ -53,7 +56,7 @@ def problems_of_target(where: str, node: Any, supplied: int = 0, given: Collecti
         undefined = ", ".join(sorted(getattr(called, "__abstractmethods__", ())))
         yield f"{where}._target_ = {target}: the class does not define {undefined}"
         return
-    yield from _problems_of_arguments(where, target, called, node, supplied, given)
+    yield from _problems_of_arguments(where, target, called, node, supplied, given, complete)
 
 
 def locate(path: str) -> Any:
@@ -88,14 +91,20 @@ def _close(name: str, known: Collection[str]) -> str:
 
 
 def _problems_of_arguments(
-    where: str, target: str, called: Any, node: Mapping[str, Any], supplied: int, given: Collection[str]
+    where: str,
+    target: str,
+    called: Any,
+    node: Mapping[str, Any],
+    supplied: int,
+    given: Collection[str],
+    complete: bool,
 ) -> Iterator[str]:
     arguments = {name: value for name, value in node.items() if name not in SPECIAL}
     for name, value in arguments.items():
         if value == "???":
             yield f"{where}.{name} is not set"
         elif isinstance(value, Mapping) and "_target_" in value:
-            yield from problems_of_target(f"{where}.{name}", value)
+            yield from problems_of_target(f"{where}.{name}", value, complete=not value.get("_partial_", False))
     try:
         signature = inspect.signature(called)
     except (TypeError, ValueError):  # some built-in callables have none
@@ -110,7 +119,8 @@ def _problems_of_arguments(
         ):
             yield f"{where}.{name} = {value!r}: {target} takes {describe(hints[name])}"
     for name, parameter in named.items():
-        if parameter.default is inspect.Parameter.empty and name not in arguments and name not in given:
+        missing = parameter.default is inspect.Parameter.empty and name not in arguments and name not in given
+        if missing and complete:
             yield f"{where}.{name} is missing: {target} needs it; add +{where}.{name}=..."
 
 

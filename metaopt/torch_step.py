@@ -111,7 +111,7 @@ _OPERATIONS = {
     "true_divide": "div",
     "true_divide_": "div",
 }
-_FORMULAS: dict[str, Callable[..., Tensor]] = {
+_FORMULAS: dict[str, Callable[..., Any]] = {
     "add": lambda x, y, alpha=1.0: x + alpha * y,
     "sub": lambda x, y, alpha=1.0: x - alpha * y,
     "mul": operator.mul,

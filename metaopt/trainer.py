@@ -139,7 +139,8 @@ class MetaTrainer:
     def fit(self, meta_steps: int) -> MetaResult:
         """Take meta-steps until `meta_steps` are done in all, or selection stops the run.
 
-        Afterwards the meta-parameters are those of the best look at the selection stream, if there was one.
+        Afterwards the meta-parameters are those of the best look at the selection stream, if there was one; to go on
+        with a run, take `state_dict()` in an observer, before that.
         """
         start, meta_loss, stopped = time.perf_counter(), float("nan"), False
         while self.step < meta_steps and not stopped:
@@ -148,7 +149,7 @@ class MetaTrainer:
             used = self._meta_state() if looks else {}
             trained, record = self.meta_step()
             meta_loss = record["meta_loss"]
-            if looks:
+            if looks and self.selection is not None:
                 record |= self._look(trained, used)
                 patience = self.selection.patience
                 stopped = patience is not None and self._best["looks_since"] >= patience

@@ -191,14 +191,6 @@ def test_commit_moves_only_what_training_moves():
     assert all(p.requires_grad for p in chain.stages["teacher"].model.parameters())
 
 
-def test_commit_before_the_backward_does_not_spoil_the_graph():
-    chain, weights = full_chain(), example_weights()
-    expected = metaopt.hypergradient(meta_loss(chain, weights), weights)
-    loss = meta_loss(chain, weights)
-    chain.commit(chain.unroll(weights))
-    assert_same(metaopt.hypergradient(loss, weights), expected)
-
-
 def test_an_outcome_keeps_its_values_after_its_commit_and_the_next():
     chain = full_chain()
     outcome = chain.unroll(example_weights())

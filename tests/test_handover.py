@@ -213,7 +213,7 @@ def test_generate_uses_the_trained_weights_and_no_graph():
     before, inputs = copy.deepcopy(module.state_dict()), {k: batch[k] for k in ("input_ids", "attention_mask")}
     with teacher.as_module() as lent:
         found = lent.generate(**inputs, max_new_tokens=5, num_beams=3)
-    plain = plain_copy(module, teacher).eval()
+    plain: Any = plain_copy(module, teacher).eval()
     assert_same(found, plain.generate(**inputs, max_new_tokens=5, num_beams=3))
     assert not torch.equal(found, module.eval().generate(**inputs, max_new_tokens=5, num_beams=3))
     assert_same(dict(module.state_dict()), dict(before))

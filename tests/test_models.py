@@ -24,6 +24,14 @@ def tiny(**changes: Any) -> EncoderDecoderModel:
     return encoder_decoder(**{**TINY, **changes})
 
 
+def talkative() -> Any:
+    """A random model whose answers differ from input to input and end at different lengths."""
+    torch.manual_seed(0)
+    model: Any = tiny(initializer_range=0.5, hidden_size=64).eval()
+    nn.init.normal_(model.decoder.cls.predictions.bias, std=0.5)
+    return model
+
+
 def inputs(count: int = 4) -> dict[str, torch.Tensor]:
     input_ids = torch.randint(3, 30, (count, 9), generator=torch.Generator().manual_seed(0))
     input_ids[0, 5:] = 0
@@ -34,7 +42,7 @@ def inputs(count: int = 4) -> dict[str, torch.Tensor]:
 
 
 def test_the_encoder_decoder_is_two_berts_with_cross_attention_and_no_pooler() -> None:
-    model = tiny(num_layers=2)
+    model: Any = tiny(num_layers=2)
     names = dict(model.named_parameters())
     assert not any("pooler" in name for name in names)
     assert any("crossattention" in name for name in names)
@@ -58,19 +66,18 @@ def test_the_initial_weights_have_the_asked_spread() -> None:
 
 
 def test_generate_and_greedy_decoding_agree() -> None:
-    torch.manual_seed(0)
-    model = tiny(initializer_range=0.5).eval()
-    given = inputs(16)
+    model = talkative()
+    given = inputs(32)
     answers = greedy_decode(model, **given, bos=1, eos=2, pad=0, max_length=6)
     generated = model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=1)[:, 1:]
     wanted = nn.functional.pad(generated, (0, 6 - generated.shape[1]), value=0)
     assert answers.tolist() == wanted.tolist()
-    assert len(answers.unique()) > 4
+    assert len(answers.unique(dim=0)) > 10
+    assert (answers == 0).any()  # some answers end early
 
 
 def test_a_module_and_a_plain_call_of_it_decode_the_same() -> None:
-    torch.manual_seed(0)
-    model = tiny(initializer_range=0.5).eval()
+    model = talkative()
     options = {**inputs(8), "bos": 1, "eos": 2, "pad": 0, "max_length": 6}
     assert torch.equal(greedy_decode(model, **options), greedy_decode(lambda **batch: model(**batch), **options))
 
@@ -103,13 +110,19 @@ def test_evaluating_puts_the_mode_of_every_submodule_back_after_an_error() -> No
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
 
 
+def test_whole_numbers_serve_where_a_fraction_is_asked_for() -> None:
+    model: Any = tiny(dropout=0, initializer_range=1)
+    assert model.config.encoder.hidden_dropout_prob == 0.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_heads": 3}, "num_heads=3 must divide hidden_size=16"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
-        ({"initializer_range": 0.0}, "initializer_range=0.0 must be positive"),
+        ({"dropout": "much"}, "dropout='much'"),
+        ({"initializer_range": 0.0}, "initializer_range=0.0 must be a positive number"),
         ({"bos_token_id": 30}, "bos_token_id=30 must be a token of the vocabulary, from 0 to 29"),
         ({"eos_token_id": None}, "eos_token_id=None"),
     ],
@@ -134,7 +147,7 @@ def bert_folder(tmp_path: Path) -> Path:
 
 
 def test_pretrained_halves_are_loaded_from_a_folder(bert_folder: Path) -> None:
-    model = pretrained_encoder_decoder(str(bert_folder), **TOKENS)
+    model: Any = pretrained_encoder_decoder(str(bert_folder), **TOKENS)
     saved, loaded = BertModel.from_pretrained(bert_folder), dict(model.named_parameters())
     embeddings = saved.embeddings.word_embeddings.weight
     assert torch.equal(loaded["encoder.embeddings.word_embeddings.weight"], embeddings)

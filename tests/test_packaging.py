@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -62,32 +63,43 @@ def test_the_sdist_holds_the_configs(tmp_path: Path) -> None:
     assert {*CONFIGS, "conf/__init__.py", "metaopt/cli.py", "tests/test_packaging.py", "Makefile"} <= names
 
 
-def test_the_wheel_runs_from_a_foreign_folder(wheel: Path, tmp_path: Path) -> None:
-    site, folder = tmp_path / "site", tmp_path / "mine"
-    call(
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        f"--target={site}",
-        str(wheel),
-        cwd=ROOT,
-    )
-    folder.mkdir()
-    (folder / "my_objective.py").write_text(OBJECTIVE)
-    (folder / "mine.yaml").write_text(
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", f"--target={site}", str(wheel)]
+    call(*pip, cwd=ROOT)
+    return site
+
+
+def metaopt_from(site: Path, *arguments: str, cwd: Path) -> str:
+    script = [sys.executable, str(site / "bin" / "metaopt")]  # the console script: the folder is not on its path
+    return call(*script, *arguments, cwd=cwd, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
+
+
+def test_the_wheel_runs_from_a_foreign_folder(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_objective.py").write_text(OBJECTIVE)
+    (tmp_path / "mine.yaml").write_text(
         "defaults: [config, _self_]\nhydra: {searchpath: ['pkg://metaopt.conf']}\noptimizer: {lr: 0.5}\n"
     )
-    script = [sys.executable, str(site / "bin" / "metaopt")]  # the console script: the folder is not on its path
-    env = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    quick = ("experiment=digits", "debug=tiny")
-    shown = call(*script, *quick, "objective=custom", "objective._target_=my_objective.Mine", cwd=folder, **env)
-    assert f"from {site}" in shown
-    shown = call(*script, "--config-dir", ".", "--config-name", "mine", "--cfg", "job", cwd=folder, **env)
+    own = ("objective=custom", "objective._target_=my_objective.Mine")
+    assert f"from {installed}" in metaopt_from(installed, "experiment=digits", "debug=tiny", *own, cwd=tmp_path)
+    shown = metaopt_from(installed, "--config-dir", ".", "--config-name", "mine", "--cfg", "job", cwd=tmp_path)
     assert "lr: 0.5" in shown
+
+
+def test_the_readme_s_own_parts_run_from_a_foreign_folder(installed: Path, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(# mine\.py\n.*?)```", readme, re.DOTALL)
+    command = re.search(r"^    metaopt (experiment=digits data=custom .*\n.*Worst)$", readme, re.MULTILINE)
+    assert code is not None
+    assert command is not None
+    assert len(code[1].splitlines()) <= 40
+    (tmp_path / "mine.py").write_text(code[1])
+    arguments = command[1].replace("\\\n", " ").split()
+    metaopt_from(installed, *arguments, "debug=tiny", "hydra.run.dir=out", cwd=tmp_path)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["status"] == "complete"
+    assert result["metrics"]["meta_loss"] > 0
 
 
 def test_versions_agree() -> None:
@@ -98,8 +110,11 @@ def test_versions_agree() -> None:
 
 def test_every_direct_dependency_is_pinned() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^(?:dependencies|test|dev) = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+    extras = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[", text, re.MULTILINE | re.DOTALL)
+    assert extras is not None
+    lists = re.findall(r"^dependencies = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+    lists += re.findall(r"^[\w-]+ = \[(.*?)\]$", extras[1], re.MULTILINE | re.DOTALL)
     required = {re.split(r"[\[<>=]", name)[0] for block in lists for name in re.findall(r'"([^"]+)"', block)}
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert required - {"metaopt-chain"} == pinned
-    assert len(lists) == 3
+    assert len(lists) >= 3

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
@@ -15,8 +16,9 @@ def code_blocks() -> list[str]:
 
 
 def bert2bert() -> EncoderDecoderModel:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    halves = [BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes) for _ in range(2)]
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
+    halves = [BertConfig(**sizes) for _ in range(2)]
     return EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*halves))
 
 
@@ -28,16 +30,20 @@ def batch(start: int) -> dict[str, torch.Tensor]:
 def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight() -> None:
     torch.manual_seed(0)
     train_batches = [batch(0), batch(BATCH)]
-    namespace = {
+    student = bert2bert()
+    namespace: dict[str, Any] = {
         "train": range(2 * BATCH),
         "model1": bert2bert(),
-        "model2": bert2bert(),
+        "model2": student,
         "train_batches": train_batches,
         "unlabelled_batches": [batch(0)],
         "validation_batches": [batch(0), batch(0)],
     }
-    before = {key: namespace["model2"].state_dict()[key].clone() for key in namespace["model2"].state_dict()}
-    exec(code_blocks()[0], namespace)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    example, trainer = code_blocks()[:2]
+    exec(example, namespace)
     assert bool((namespace["weights"].logits != 0).all())
-    after = namespace["model2"].state_dict()
+    after = student.state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before), "commit carries on from the trained weights"
+    exec(trainer, namespace)
+    assert namespace["result"].meta_steps == 2

@@ -98,9 +98,8 @@ def causal() -> nn.Module:
 
 
 def bart() -> nn.Module:
-    options: dict[str, Any] = {
-        f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in SIZES.items()
-    }
+    sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 8}
+    options: Any = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in sizes.items()}
     config = BartConfig(vocab_size=VOCABULARY, d_model=8, max_position_embeddings=16, scale_embedding=True, **options)
     return BartForConditionalGeneration(config).double()
 

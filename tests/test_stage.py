@@ -35,7 +35,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no batches per step": ({"accumulate": 0}, r"accumulate=0"),
     "a loss that is a tensor": ({"loss": torch.ones(())}, r"loss is a Tensor; give an InnerLoss or a function"),
     "an optimizer by name": ({"optimizer": "adam"}, r"optimizer is a str; give functools\.partial\(torch\.optim\.Adam"),
-    "an optimizer that is not proven": ({"optimizer": functools.partial(torch.optim.Rprop, lr=0.1)}, r"Rprop is not"),
+    "an optimizer that is not proven": (
+        {"optimizer": functools.partial(torch.optim.Rprop, lr=0.1)},
+        r"Rprop cannot train a stage",
+    ),
     "a factory of something else": ({"optimizer": lambda params: 3}, r"optimizer is a int; give a torch\.optim"),
     "another model's optimizer": ({"optimizer": SGD(Linear().parameters())}, r"SGD holds a parameter that the stage's"),
     "a model factory of something else": ({"model": lambda: 3}, r"model factory returned a int"),

@@ -193,13 +193,14 @@ def show(console: Console, runs: Sequence[Mapping[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 1.0, 3.0], help="factors on the learning rates")
+    parser.add_argument("--rates", default="0.3,1,3", help="factors on the learning rates, to choose among")
     parser.add_argument("--out", default="dates", help="name of the JSON file beside this script")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as experiment=digits")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     seeds = track(range(arguments.seeds), description="seeds")
-    runs = [run_seed(arguments.overrides, seed, arguments.rates) for seed in seeds]
+    factors = [float(factor) for factor in arguments.rates.split(",")]
+    runs = [run_seed(arguments.overrides, seed, factors) for seed in seeds]
     path = Path(__file__).with_name(f"{arguments.out}.json")
     path.write_text(json.dumps(runs, indent=1) + "\n")
     show(Console(), runs)

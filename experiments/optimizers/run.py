@@ -215,7 +215,7 @@ def measure(kind: type[torch.optim.Optimizer], options: dict[str, Any], warm: bo
     """Return one line of the table."""
     problem = Problem(functools.partial(kind, **options), steps_of(kind), warm)
     expected = dict(problem.plain()[0].named_parameters())
-    errors = []
+    errors, trajectory = [], 0.0
     for estimator in (Unrolled(), Checkpointed()):
         trained, found = problem.unrolled(estimator)
         directions = torch.randn(2, len(found), dtype=torch.float64, generator=torch.Generator().manual_seed(1))

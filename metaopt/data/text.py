@@ -104,6 +104,8 @@ def text(
         parts = causal(read, lengths, separator)
     else:
         parts = classification(read, lengths)
+    if selection_metric not in (None, *parts.metrics):
+        raise ConfigError(f"text: no metric {selection_metric!r}{did_you_mean(selection_metric, parts.metrics)}")
     cut = [length.message for length in lengths.values() if length.message]
     if cut:
         log.warning("text: %s; raise the limit (data.max_length=...) to keep them whole", "; ".join(cut))
@@ -187,6 +189,6 @@ def _bundle(read: ReadText, parts: Parts, batch_sizes: tuple[int, int], selectio
         tokenizer=read.tokenizer,
         source_names=tuple(source_names),
         score=parts.score,
-        selection_metric=selection_metric or parts.metric,
+        selection_metric=selection_metric or parts.metrics[0],
         answers=parts.answers,
     )

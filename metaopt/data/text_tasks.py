@@ -33,7 +33,7 @@ class Parts:
     columns: dict[str, dict[str, Sequence[Any]]]
     collator: Collator
     score: Any
-    metric: str
+    metrics: tuple[str, ...]  # of the score; the first selects
     answers: Any = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +55,7 @@ def sequence_to_sequence(read: ReadText, lengths: Mapping[str, Lengths], start: 
         columns,
         Collator(tokenizer.pad_token_id, start=start),
         functools.partial(sequence_score, **decoding),
-        "exact_match",
+        ("exact_match", "token_accuracy"),
         functools.partial(sequence_answers, tokenizer, decoding),
         {"bos_token_id": start, "max_length": lengths["max_length"].longest, "max_target_length": longest},
     )
@@ -93,7 +93,7 @@ def causal(read: ReadText, lengths: Mapping[str, Lengths], separator: str) -> Pa
         columns,
         Collator(tokenizer.pad_token_id, causal=True),
         functools.partial(causal_score, **decoding, with_answers=with_target),
-        "exact_match" if with_target else "token_accuracy",
+        ("exact_match", "token_accuracy") if with_target else ("token_accuracy",),
         functools.partial(causal_answers, tokenizer, decoding) if with_target else None,
         {**facts, "max_target_length": longest_answer} if with_target else facts,
     )
@@ -116,7 +116,7 @@ def classification(read: ReadText, lengths: Mapping[str, Lengths]) -> Parts:
     answers = functools.partial(class_answers, read.tokenizer, names)
     facts = {"num_labels": len(names), "max_length": lengths["max_length"].longest}
     facts |= {"bos_token_id": begin_token(read.tokenizer)}
-    return Parts(columns, Collator(read.tokenizer.pad_token_id), accuracy_score, "accuracy", answers, facts)
+    return Parts(columns, Collator(read.tokenizer.pad_token_id), accuracy_score, ("accuracy",), answers, facts)
 
 
 def _inputs(read: ReadText, lengths: Lengths) -> dict[str, dict[str, Sequence[Any]]]:

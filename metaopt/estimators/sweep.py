@@ -62,7 +62,7 @@ class Sweep:
     def run(self) -> InnerResult:
         """Run the inner loop; the result's weights are in the graph of everything in `others` and of learned starts."""
         loop = self.loop
-        own = {name: p.detach() for name, p in loop.structure.params.items()}
+        own = {name: p.detach().clone() for name, p in loop.structure.params.items()}
         start = loop.start({name: own[name] for name in loop.rule.names}, self.meta_params, self.upstream)
         names = list(start)
         result: list[InnerResult] = []
@@ -137,7 +137,7 @@ class Sweep:
 
     def _loss(self, t: int, record: StepRecord) -> Any:
         """Return step t's loss as a function of (params, others)."""
-        loop, keys, names, frozen = self.loop, list(self.others), list(record.params), self.loop.frozen()
+        loop, keys, names, frozen = self.loop, list(self.others), list(record.params), self.loop.frozen
 
         def loss(params: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
             given = dict(zip(keys, others, strict=True))

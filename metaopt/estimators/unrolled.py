@@ -24,7 +24,7 @@ class Unrolled(Estimator):
         rule, names = loop.rule, loop.rule.names
         own = loop.structure.params
         optimizer = HigherOptimizer(rule, [own[name] for name in names], rule.initial_state())
-        frozen, buffers, losses = loop.frozen(), loop.start_buffers(), []
+        frozen, buffers, losses = loop.frozen, loop.start_buffers(), []
         with differentiable_copy(loop.structure, optimizer, names) as fast:
             params = loop.start(fast.params, meta_params, upstream)
             joint: list[str] = []

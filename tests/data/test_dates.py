@@ -94,7 +94,8 @@ def test_the_numeric_formats_differ_by_their_locale_only() -> None:
 
 
 def test_the_vocabulary_does_not_depend_on_seed_size_or_years() -> None:
-    one, other = dates(**SMALL), dates(**SMALL | {"seed": 5, "num_train": 50, "first_year": 1990, "last_year": 1991})
+    changes: dict[str, Any] = {"seed": 5, "num_train": 50, "first_year": 1990, "last_year": 1991}
+    one, other = dates(**SMALL), dates(**SMALL | changes)
     assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
 
