@@ -18,6 +18,7 @@ _PUBLIC = {
     "Annealed": "soft_inputs",
     "AugmentedLoss": "augmentation",
     "Chain": "chain",
+    "Checkpointed": "estimators",
     "ClassWeights": "meta_params",
     "ClipNorm": "transforms",
     "ClipValue": "transforms",
@@ -26,10 +27,12 @@ _PUBLIC = {
     "DataBundle": "data.bundle",
     "Decoded": "handover",
     "Distillation": "losses",
+    "DoubleBackward": "estimators",
     "Entropy": "objectives",
     "Estimator": "estimators",
     "ExampleWeights": "meta_params",
     "ExpectedEmbeddings": "soft_inputs",
+    "FiniteDifference": "estimators",
     "FixedWeights": "meta_params",
     "FromMeta": "learned",
     "GaussianNoise": "augmentation",
@@ -101,7 +104,10 @@ if TYPE_CHECKING:
     from metaopt.errors import MissingPathError as MissingPathError
     from metaopt.errors import NonFiniteError as NonFiniteError
     from metaopt.errors import StageError as StageError
+    from metaopt.estimators import Checkpointed as Checkpointed
+    from metaopt.estimators import DoubleBackward as DoubleBackward
     from metaopt.estimators import Estimator as Estimator
+    from metaopt.estimators import FiniteDifference as FiniteDifference
     from metaopt.estimators import Unrolled as Unrolled
     from metaopt.handover import Decoded as Decoded
     from metaopt.handover import Generated as Generated

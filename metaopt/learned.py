@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, did_you_mean
-from metaopt.meta_params import AnyMetaParameters, MetaParameters, select
+from metaopt.meta_params import AnyMetaParameters, MetaParameters, Uniform, select
 
 FORMS = ("log", "softplus", "sigmoid", "identity")
 _UNIT = ("momentum", "betas", "dampening", "rho", "alpha")  # between 0 and 1; the others are positive
@@ -75,15 +75,17 @@ class InitialWeights(MetaParameters):
     `Stage(model, ..., initial=metaopt.FromMeta())`.
 
     Args:
-        model: of the stage, or one of the same architecture; its present weights are where the learning starts.
+        model: of the stage, or one of the same architecture, or a factory of one; its present weights are where the
+            learning starts.
         names: patterns of the parameters to learn; the others start from the stage's own weights.
 
     Raises:
         ConfigError: a pattern that names no parameter that requires grad.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str] = ("*",)) -> None:
+    def __init__(self, model: nn.Module | Callable[[], nn.Module], names: Sequence[str] = ("*",)) -> None:
         super().__init__()
+        model = model if isinstance(model, nn.Module) else model()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for pattern in names:
             if not fnmatch.filter(trained, pattern):
@@ -94,7 +96,7 @@ class InitialWeights(MetaParameters):
         for name in self._learned:
             *path, last = name.split(".")
             owner: nn.Module = self
-            for part in ("weights", *path):
+            for part in ("params", *path):
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
@@ -102,7 +104,7 @@ class InitialWeights(MetaParameters):
 
     def values(self) -> dict[str, Tensor]:
         """Return the weights by the names that they have in the model."""
-        return {name: self.get_parameter(f"weights.{name}") for name in self._learned}
+        return {name: self.get_parameter(f"params.{name}") for name in self._learned}
 
     def check(self, stage: Any) -> None:
         """Raise if one of them is no trained parameter of the stage's model."""
@@ -117,6 +119,9 @@ class InitialWeights(MetaParameters):
 class FromMeta:
     """What a stage reads from meta-parameters: for its slots `overrides` and `initial`.
 
+    From `metaopt.Uniform`, the baseline that learns nothing, it reads nothing: the stage keeps its optimizer's own
+    hyperparameters, or its own initial weights.
+
     Args:
         name: of the meta-parameters, where several are given as a mapping; None where there is one module.
     """
@@ -129,13 +134,16 @@ class FromMeta:
 
     def __call__(self, meta_params: AnyMetaParameters, _: Any = None) -> Mapping[str, Any]:
         """Return the learned hyperparameters, or the learned weights, in the graph."""
-        return self._read(meta_params).values()
+        found = self._read(meta_params)
+        return {} if found is None else found.values()
 
     def check(self, stage: Any, meta_params: AnyMetaParameters) -> None:
         """Raise if the stage cannot use what is learned; called before any training."""
-        self._read(meta_params).check(stage)
+        found = self._read(meta_params)
+        if found is not None:
+            found.check(stage)
 
-    def _read(self, meta_params: AnyMetaParameters) -> LearnedHyperparameters | InitialWeights:
+    def _read(self, meta_params: AnyMetaParameters) -> LearnedHyperparameters | InitialWeights | None:
         if self.name is None and isinstance(meta_params, Mapping):
             fitting = [n for n, m in meta_params.items() if isinstance(m, (LearnedHyperparameters, InitialWeights))]
             if len(meta_params) > 1 and fitting:
@@ -148,6 +156,8 @@ class FromMeta:
                 f"{did_you_mean(self.name, meta_params)}"
             )
         found = select(meta_params, self.name, "FromMeta")
+        if isinstance(found, Uniform):
+            return None
         if not hasattr(found, "values") or not hasattr(found, "check"):
             raise ConfigError(
                 f"FromMeta reads a {type(found).__name__}; give metaopt.LearnedHyperparameters(...) or "

@@ -12,13 +12,46 @@ from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel
+from metaopt.logits import (
+    IGNORED,
+    NOT_FOR_MODELS,
+    Batch,
+    cross_entropies,
+    cross_entropy_per_example,
+    logits_of,
+    mean_over_positions,
+    model_inputs,
+    num_classes,
+    require_scalar,
+)
 from metaopt.meta_params import AnyMetaParameters, select
 
-Batch = Mapping[str, Tensor]
-Upstream = Mapping[str, FunctionalModel]
+__all__ = [
+    "IGNORED",
+    "NOT_FOR_MODELS",
+    "Batch",
+    "CrossEntropy",
+    "Distillation",
+    "FromUpstream",
+    "HardLabels",
+    "HiddenStates",
+    "InnerLoss",
+    "LabelSmoothing",
+    "Upstream",
+    "WeightedLoss",
+    "cross_entropies",
+    "cross_entropy_per_example",
+    "find_upstream",
+    "logits_of",
+    "mean_over_positions",
+    "model_inputs",
+    "num_classes",
+    "require_scalar",
+    "soft_label_loss",
+    "weighted_mean",
+]
 
-NOT_FOR_MODELS = ("index", "source", "labels")  # entries of a batch that models never receive
-IGNORED = -100  # label of a position that counts in no loss
+Upstream = Mapping[str, FunctionalModel]
 
 
 class InnerLoss(ABC):
@@ -50,61 +83,6 @@ class InnerLoss(ABC):
             upstream: name → module of every earlier stage, in order.
         """
         return None
-
-
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """Return the entries of a batch that a model receives: all but `index`, `source` and `labels`."""
-    if not isinstance(batch, Mapping):
-        raise ConfigError(
-            f"a batch is a {type(batch).__name__}; metaopt's own losses need a mapping of names to tensors, such as "
-            "{'input_ids': ..., 'labels': ..., 'index': ...}; for other batches write an InnerLoss of your own"
-        )
-    return {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return a model's logits: the output itself, or its `.logits`."""
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise StageError(
-            f"the model returned a {type(output).__name__} without .logits; return a tensor of logits or an object "
-            "with .logits, or write an InnerLoss that reads what it returns"
-        )
-    return logits
-
-
-def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return each example's cross-entropy, mean over its positions.
-
-    Args:
-        logits: [B, C] or [B, L, C].
-        labels: [B] or [B, L]; −100 marks positions that do not count.
-
-    Returns:
-        [B], in nats.
-    """
-    return mean_over_positions(*cross_entropies(logits, labels))
-
-
-def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of each label, and which ones count; both of the labels' shape."""
-    if labels.shape != logits.shape[:-1]:
-        raise StageError(
-            f"logits of shape {list(logits.shape)} do not fit labels of shape {list(labels.shape)}: labels must have "
-            f"the shape {list(logits.shape[:-1])}"
-        )
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return losses.view(labels.shape), labels != IGNORED
-
-
-def mean_over_positions(values: Tensor, counts: Tensor | None) -> Tensor:
-    """Return the mean over all but the first axis [B], over the positions that `counts` marks."""
-    if values.dim() == 1:
-        return values
-    if counts is None:
-        return values.flatten(1).mean(1)
-    counts = counts.to(values.dtype)
-    return (values * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
 
 
 def find_upstream(upstream: Upstream, name: str | None, reader: str) -> FunctionalModel:
@@ -240,7 +218,7 @@ class FromUpstream(InnerLoss):
         """Say so where teacher and student do not have the same classes, so that soft labels mean nothing."""
         if not upstream:
             return f"{type(self).__name__} learns from an earlier stage, but its stage is the first of the chain"
-        teacher = upstream.get(self.upstream or next(reversed(upstream)))
+        teacher = upstream.get(self.upstream or list(upstream)[-1])
         needs, has = (None if module is None else num_classes(module) for module in (teacher, model))
         if needs is None or has is None or needs == has:
             return None
@@ -249,19 +227,6 @@ class FromUpstream(InnerLoss):
             "labels need the same vocabulary for both, token by token. Build both with the same tokenizer; across "
             "tokenizers nothing but text can be handed over, and text carries no gradient"
         )
-
-
-def num_classes(module: nn.Module) -> int | None:
-    """Return how many classes or tokens a model's logits tell apart, where it says so."""
-    try:
-        head = getattr(module, "get_output_embeddings", lambda: None)()
-    except (AttributeError, NotImplementedError):
-        head = None
-    weight = getattr(head, "weight", None)
-    if isinstance(weight, Tensor):
-        return len(weight)
-    labels = getattr(module, "num_labels", None)
-    return labels if isinstance(labels, int) else None
 
 
 class Distillation(FromUpstream):
@@ -352,16 +317,3 @@ class HardLabels:
             "teacher's labels. Write Distillation(...) (soft labels) or HiddenStates(...) instead; with handover: "
             "decoded the student trains on the teacher's decoded output and its soft labels carry the gradient"
         )
-
-
-def require_scalar(loss: Any, where: str, needs_graph: bool = True) -> Tensor:
-    """Return `loss` if it is a scalar tensor (in the graph); raise what is wrong with it otherwise."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise StageError(f"{where} must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
-    if needs_graph and torch.is_grad_enabled() and not loss.requires_grad:
-        raise StageError(
-            f"{where} returned a tensor without a graph: something in it ran under torch.no_grad(), was detached, or "
-            "was rebuilt with torch.tensor(...); compute it from the model that is handed in"
-        )
-    return loss.reshape(())

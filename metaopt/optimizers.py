@@ -222,10 +222,10 @@ def _private(value: Any) -> Any:
 
 def make_optimizer(optimizer: Any, model: torch.nn.Module) -> Optimizer:
     """Return the user's optimizer, or the one that a factory makes over the parameters that require grad."""
+    factory: Any = optimizer
     if isinstance(optimizer, Optimizer):
         return optimizer
-    factory: Any = optimizer
-    if not callable(factory):
+    if not callable(optimizer):
         raise ConfigError(
             f"Stage: optimizer is a {type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), or "
             "an optimizer over the model's parameters"
@@ -233,4 +233,5 @@ def make_optimizer(optimizer: Any, model: torch.nn.Module) -> Optimizer:
     trained = NamedParameters((n, p) for n, p in model.named_parameters() if p.requires_grad)
     if not trained:
         raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
-    return factory(trained)
+    built: Optimizer = factory(trained)
+    return built

@@ -177,7 +177,7 @@ def token_embeddings(module: nn.Module) -> Tensor | None:
 
 
 def _problem_of_embeddings(loss: FromUpstream, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
-    teacher = upstream.get(loss.upstream or next(reversed(upstream), ""))
+    teacher = upstream.get(loss.upstream or list(upstream)[-1])
     matrix, classes = token_embeddings(model), None if teacher is None else num_classes(teacher)
     if matrix is None or classes is None or len(matrix) == classes:
         return None

@@ -41,9 +41,10 @@ class Stage:
         num_steps: inner steps per unroll, T ≥ 1.
         estimator: how the stage is differentiated.
         schedule: optimizer → `torch.optim.lr_scheduler`, moved at every inner step.
-        overrides: meta-parameters, t → hyperparameters of inner step t; `lr` may be a tensor in the graph.
-        transform: gradients by name → gradients by name, before the optimizer (clipping, all-reduce).
-        initial: meta-parameters, upstream → learned initial weights by parameter name.
+        overrides: meta-parameters, t → hyperparameters of inner step t, as numbers or tensors in the graph: one for
+            all, a list of one per parameter group, or a mapping from parameter names; or `FromMeta()`.
+        transform: gradients by name → gradients by name, before the optimizer (`ClipNorm`, `ClipValue`, all-reduce).
+        initial: meta-parameters, upstream → learned initial weights by parameter name; or `FromMeta()`.
         accumulate: batches per inner step; their losses are averaged.
         autocast: `bfloat16` runs the inner loss under `torch.autocast`; the weights keep their dtype.
         seed: of the stage's random state (dropout, order of the data); drawn from torch's generator if None.

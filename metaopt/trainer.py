@@ -156,7 +156,7 @@ class MetaTrainer:
             record["seconds"] = time.perf_counter() - began
             for observe in self.observers:
                 observe(record)
-        self.last_meta_params = None if self._best["meta_params"] is None else self._meta_state()
+        self.last_meta_params = self._meta_state() if self.learns and self._best["meta_params"] is not None else None
         self._restore_best()
         best = self._best
         return MetaResult(self.step, meta_loss, best["score"], best["step"], time.perf_counter() - start, stopped)

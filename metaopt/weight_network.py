@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class WeightNetwork(MetaParameters):
         self.features, self.normalise = features, normalise
         self.layers = nn.Sequential(nn.Linear(1 + num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, 1))
 
+    @property
+    def _first(self) -> nn.Linear:
+        return cast(nn.Linear, self.layers[0])
+
     def forward(self, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
         """Return the weight of each example [B].
 
@@ -49,7 +53,7 @@ class WeightNetwork(MetaParameters):
             batch: with the features.
             losses: of each example [B], in the graph.
         """
-        like: Any = self.layers[0].weight
+        like = self._first.weight
         columns = [losses.to(like.dtype)[:, None]]
         if self.features is not None:
             columns.append(self._read(batch).to(like.dtype).flatten(1))
@@ -57,7 +61,7 @@ class WeightNetwork(MetaParameters):
         return weights / weights.mean() if self.normalise else weights
 
     def _read(self, batch: Mapping[str, Tensor]) -> Tensor:
-        wanted = self.layers[0].in_features - 1
+        wanted = self._first.in_features - 1
         found = batch.get(self.features or "")
         if found is None or not found.is_floating_point() or found[0].numel() != wanted:
             what = "lacks" if found is None else f"has as {found.dtype} {list(found.shape)}"
@@ -73,5 +77,5 @@ class WeightNetwork(MetaParameters):
             return {}
         losses = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0])
         with torch.no_grad():
-            weights = self.forward({}, losses.to(self.layers[0].weight.device)).tolist()
+            weights = self.forward({}, losses.to(self._first.weight.device)).tolist()
         return {f"weight at loss {loss:g}": weight for loss, weight in zip(losses.tolist(), weights, strict=True)}

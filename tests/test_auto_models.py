@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,15 @@ def test_a_model_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_new_head_on_a_pretrained_model(tmp_path: Path) -> None:
-    from_config("masked", "bert", BERT, vocab_size=11).save_pretrained(tmp_path)
+    saved: Any = from_config("masked", "bert", BERT, vocab_size=11)
+    saved.save_pretrained(tmp_path)
     model: Any = from_pretrained("classification", str(tmp_path), num_labels=4)
     assert model.classifier.out_features == 4
 
 
 def test_a_filler_is_given_to_a_model_without_one(tmp_path: Path) -> None:
-    from_config("causal", "gpt2", {"n_embd": 8, "n_layer": 1, "n_head": 2}, vocab_size=11).save_pretrained(tmp_path)
+    saved: Any = from_config("causal", "gpt2", {"n_embd": 8, "n_layer": 1, "n_head": 2}, vocab_size=11)
+    saved.save_pretrained(tmp_path)
     model: Any = from_pretrained("classification", str(tmp_path), num_labels=2, pad_token_id=10)
     assert model(input_ids=torch.tensor([[1, 2, 10], [1, 2, 3]])).logits.shape == (2, 2)
 
@@ -189,6 +192,12 @@ def test_what_peft_does_not_take(lora: dict[str, Any], message: str) -> None:
     pytest.importorskip("peft")
     with pytest.raises(ConfigError, match=message):
         adapt(bert(), "classification", lora=lora)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"lora needs the package peft: pip install 'metaopt-chain\[lora\]'"):
+        adapt(bert(), "classification", lora={"r": 2})
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from metaopt.errors import ConfigError, MissingPathError, NonFiniteError
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+META_PARAMS = ("meta_params.safetensors", "meta_params_last.safetensors")  # the best by selection, and the last
 DIGITS = ("experiment=digits", "debug=tiny")
 QUICK = (*DIGITS, "trainer.check_first_step=false", "final.compare=[]", "output.plots=false")
 
@@ -70,7 +71,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     models = {f"models/{stage}/model.safetensors" for stage in ("teacher", "student")}
     plots = {"meta_loss.png", "weights.png", "lowest_weights.png"}
-    assert found == {"config.yaml", "metrics.jsonl", "result.json", "meta_params.safetensors", *models, *plots}
+    assert found == {"config.yaml", "metrics.jsonl", "result.json", *META_PARAMS, *models, *plots}
     for path in plots:
         assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
     written = result(tmp_path)
@@ -88,7 +89,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_parts_can_be_switched_off(tmp_path: Path) -> None:
     run(tmp_path, *QUICK, "output.save_models=false")
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"config.yaml", "metrics.jsonl", "result.json", "meta_params.safetensors"}
+    assert found == {"config.yaml", "metrics.jsonl", "result.json", *META_PARAMS}
     assert "accuracy" in result(tmp_path)["metrics"]
 
 

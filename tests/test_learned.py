@@ -173,7 +173,7 @@ def test_initial_weights(names):
         for p in start.parameters():
             p += 0.1
     meta_params = {"weights": example_weights(), "start": start}
-    learned = [f"start.weights.{n}" for n in start.values()]
+    learned = [f"start.params.{n}" for n in start.values()]
     assert len(learned) == (5 if names == ("*",) else 3)
     recipe = Recipe(
         functools.partial(torch.optim.Adam, lr=0.03, eps=1e-2),
@@ -296,6 +296,17 @@ def test_several_meta_parameters_need_the_right_name(name, message):
     recipe = Recipe(torch.optim.SGD, slots={"overrides": metaopt.FromMeta(name)})
     with pytest.raises(metaopt.ConfigError, match=message):
         recipe.chain().unroll(learning(metaopt.LearnedHyperparameters(lr=0.1)))
+
+
+def test_the_uniform_baseline_keeps_the_optimizer_s_own():
+    recipe = Recipe(functools.partial(torch.optim.SGD, lr=0.05), slots={"overrides": metaopt.FromMeta("rates")})
+    meta_params = {"weights": example_weights(), "rates": metaopt.Uniform()}
+    plain = weights_of(recipe.run_plainly(meta_params))
+    assert relative_error(weights_of(recipe.chain().train(meta_params)["only"]), plain) == 0.0
+
+
+def test_initial_weights_from_a_factory():
+    assert set(metaopt.InitialWeights(Gained).values()) == {n for n, _ in Gained().named_parameters()}
 
 
 def test_initial_weights_of_another_model_are_refused():

@@ -192,7 +192,12 @@ def test_the_weight_network_on_sequences():
 
 
 def test_what_the_weight_network_reads_must_be_there():
-    for options in ({"features": "inputs"}, {"num_features": 3}, {"features": "inputs", "num_features": -1}):
+    wrong: tuple[dict[str, Any], ...] = (
+        {"features": "inputs"},
+        {"num_features": 3},
+        {"features": "inputs", "num_features": -1},
+    )
+    for options in wrong:
         with pytest.raises(metaopt.ConfigError, match="do not fit: name an entry of the batch"):
             metaopt.WeightNetwork(**options)
     losses, batch = torch.ones(5), feature_batches(1)[0]
@@ -212,7 +217,7 @@ def test_sparse_tables_have_the_same_hypergradient_in_the_rows_they_read(estimat
     found = {}
     for sparse in (False, True):
         for make in (metaopt.ExampleWeights, metaopt.SoftTargets):
-            sizes = (9,) if make is metaopt.ExampleWeights else (9, 3)
+            sizes: Any = (9,) if make is metaopt.ExampleWeights else (9, 3)
             phi = randomised(make(*sizes, sparse=sparse))
             loss = metaopt.WeightedLoss() if make is metaopt.ExampleWeights else metaopt.SoftTargetLoss()
             chain = library.as_chain(replace(distilled_features(), phi=phi), {"teacher": loss}, kind())

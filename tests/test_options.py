@@ -17,14 +17,8 @@ from metaopt.config import prepare
 
 DIGITS = ("experiment=digits", "debug=tiny", "trainer.check_first_step=false", "output.plots=false")
 SMALL = ("data.num_train=256", "data.num_unlabelled=256", "data.num_validation=64", "data.num_selection=64")
-DATES = (
-    *SMALL,
-    "debug=tiny",
-    "trainer.check_first_step=false",
-    "output.plots=false",
-    "final=none",
-    "model.hidden_size=16",
-)
+QUICK = ("debug=tiny", "trainer.check_first_step=false", "output.plots=false", "final=none")
+DATES = (*SMALL, *QUICK, "model.hidden_size=16")
 
 
 def run(folder: Path, *overrides: str) -> float:
@@ -117,8 +111,7 @@ def test_carry_decides_when_a_stage_starts_afresh(carry, restarts, tmp_path, mon
 
 def test_one_stage_and_three_stages(tmp_path):
     for name, stages in (("reweight", {"model"}), ("assistant", {"teacher", "assistant", "student"})):
-        options = ("debug=tiny", "trainer.check_first_step=false", "final=none", "output.plots=false")
-        run(tmp_path / name, f"experiment={name}", *options)
+        run(tmp_path / name, f"experiment={name}", *QUICK)
         assert {path.name for path in (tmp_path / name / "models").iterdir()} == stages
         assert all(record["hypergradient_norm"] > 0 for record in records(tmp_path / name))
 

@@ -209,7 +209,7 @@ def two_vocabularies(loss: Any, first: nn.Module, second: nn.Module, batches: An
 )
 def test_other_vocabularies_are_refused_before_any_training(loss):
     torch.manual_seed(0)
-    student = bert2bert()
+    student: Any = bert2bert()
     student.decoder.resize_token_embeddings(VOCABULARY + 2)
     with pytest.raises(
         metaopt.ConfigError, match=r"stage 'student': .* 11 classes .* the student 13: .*same tokenizer"

@@ -32,25 +32,6 @@ ROOT = Path(__file__).parent.parent.parent
 LABELLED = ("train", "validation", "selection", "test")
 WORDS = ["bdfg", "befg", "ad", "cdf", "bdf", "cd", "ae", "bef", "ce", "adfg", "adf", "cefg", "cef", "cdfg"]
 WORDS += ["aefg", "bd", "be", "aef"]
-    "bdfg",
-    "befg",
-    "ad",
-    "cdf",
-    "bdf",
-    "cd",
-    "ae",
-    "bef",
-    "ce",
-    "adfg",
-    "adf",
-    "cefg",
-    "cef",
-    "cdfg",
-    "aefg",
-    "bd",
-    "be",
-    "aef",
-]
 PARTS = {"train": slice(0, 8), "validation": slice(8, 11), "selection": slice(11, 14), "test": slice(14, 18)}
 
 
@@ -310,7 +291,7 @@ def save_tokenizer(path: Path, config: dict[str, Any] | None = None, **special: 
 
 
 def test_a_tokenizer_from_a_folder_and_the_first_token_of_its_model(folder: Folder, tmp_path: Path) -> None:
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special: Any = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     name = save_tokenizer(tmp_path / "t", {"model_type": "t5", "decoder_start_token_id": 0}, **special)
     bundle = folder.load(tokenizer=name)
     assert bundle.facts["bos_token_id"] == 0
@@ -334,8 +315,9 @@ class Oracle:
     """Knows the right next token of every labelled sequence; `wrong` spoils the first answer."""
 
     def __init__(self, bundle: DataBundle, causal: bool, wrong: bool = False) -> None:
-        self.causal, self.size, self.eos = causal, bundle.facts["vocab_size"], bundle.facts["eos_token_id"]
-        self.next: dict[tuple[Any, ...], int] = {}
+        self.causal, self.size = causal, bundle.facts["vocab_size"]
+        self.eos: int = bundle.facts["eos_token_id"]
+        self.next: dict[Any, int] = {}
         for n, batch in enumerate(batches(bundle.test)):
             for i, labels in enumerate(batch["labels"].tolist()):
                 tokens = (batch["input_ids"] if causal else batch["decoder_input_ids"])[i].tolist()
@@ -350,7 +332,8 @@ class Oracle:
         for i, row in enumerate(tokens.tolist()):
             key = () if self.causal else tuple(input_ids[i].tolist())
             for t in range(len(row)):
-                logits[i, t, max(self.next.get((*key, tuple(row[: t + 1])), self.eos), 0)] = 1
+                token = self.next.get((*key, tuple(row[: t + 1])), self.eos)
+                logits[i, t, max(token, 0)] = 1
         return logits
 
 
@@ -420,6 +403,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_one_clear_message(case: str, folder: Folder) -> None:
     options, message = REFUSED[case]
     assert message in folder.refused(**options)
+
+
+def test_a_missing_package_is_named(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "text needs the package datasets: pip install 'metaopt-chain[text]'" in folder.refused()
 
 
 def test_bad_content_is_refused_with_its_row(folder: Folder) -> None:
