@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,3 +96,45 @@ def require_scalar(loss: Any, where: str, needs_graph: bool = True) -> Tensor:
             "was rebuilt with torch.tensor(...); compute it from the model that is handed in"
         )
     return loss.reshape(())
+
+
+def weighted_mean(losses: Tensor, counts: Tensor, modules: Sequence[Any], batch: Batch) -> Tensor:
+    """Return the mean of losses [B] or [B, L] over examples and counted positions, each weighted by all modules."""
+    plain = mean_over_positions(losses, counts)
+    per_example: Tensor | None = None
+    for module in modules:
+        read = (plain,) if getattr(module, "reads_losses", False) else ()
+        weights = module(batch, *read).to(losses.dtype)
+        if weights.shape == losses.shape and losses.dim() > 1:
+            losses = weights * losses
+        elif weights.shape == plain.shape:
+            per_example = weights if per_example is None else per_example * weights
+        else:
+            raise StageError(
+                f"{type(module).__name__} gives weights of shape {list(weights.shape)} for losses of shape "
+                f"{list(losses.shape)}; give one per example{' or per position' if losses.dim() > 1 else ''}"
+            )
+    found = mean_over_positions(losses, counts)
+    if per_example is None:
+        return found.mean()
+    if any(getattr(module, "reads_losses", False) for module in modules):
+        return _GivenWeights.apply(per_example, found).mean()
+    return (per_example * found).mean()
+
+
+class _GivenWeights(torch.autograd.Function):
+    """`w · ℓ`, whose first derivative takes w as given; w stays in the graph of that derivative.
+
+    `w.detach()` would do the former and lose the latter: from the second inner step on, w moves with the weights in
+    training, and the hypergradient would miss it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, losses: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return weights * losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (weights,) = ctx.saved_tensors
+        return None, gradients[0] * weights

@@ -61,7 +61,7 @@ def test_the_number_of_config_files() -> None:
         "data": 4,
         "debug": 1,
         "estimator": 2,
-        "experiment": 4,
+        "experiment": 5,
         "final": 3,
         "handover": 8,
         "logger": 1,
