@@ -155,9 +155,9 @@ def plot_source_weights(weights: Tensor, names: Sequence[str], good: Tensor | No
     labels = [names[i] if i < len(names) else str(i) for i in range(len(share))]
     colours = [PLAIN if good is None else GOOD if bool(good[i]) else BAD for i in range(len(share))]
     axes.barh(labels, share, color=colours)
-    axes.axvline(1 / len(share), color="grey", linewidth=0.8, linestyle=":")
+    axes.axvline(1 / len(share), color="grey", linewidth=1, linestyle=":", label="uniform")
+    axes.legend(frameon=False)
     axes.invert_yaxis()
-    axes.text(1 / len(share), axes.get_ylim()[1], "uniform", color="grey", fontsize=8, ha="center", va="bottom")
     axes.set(xlabel="share of all weight", title="Learned weight of each source")
     if good is not None:
         for label, mark in zip(axes.get_yticklabels(), good.tolist(), strict=True):
