@@ -72,6 +72,8 @@ _PUBLIC = {
     "check_hypergradient": "check",
     "grouped": "transforms",
     "hypergradient": "diagnostics",
+    "mixed_jacobian": "mixed",
+    "mixed_vjp": "mixed",
     "register_optimizer": "optimizer_kinds",
     "sequential": "transforms",
 }
@@ -131,6 +133,8 @@ if TYPE_CHECKING:
     from metaopt.meta_params import SourceWeights as SourceWeights
     from metaopt.meta_params import TokenWeights as TokenWeights
     from metaopt.meta_params import Uniform as Uniform
+    from metaopt.mixed import mixed_jacobian as mixed_jacobian
+    from metaopt.mixed import mixed_vjp as mixed_vjp
     from metaopt.objectives import Entropy as Entropy
     from metaopt.objectives import MetaObjective as MetaObjective
     from metaopt.objectives import Sparsity as Sparsity
