@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from metaopt.errors import ConfigError, did_you_mean
+from metaopt.ranges import matching
 
 Kind = Literal["seq2seq", "causal", "masked", "classification", "image_classification"]
 
@@ -178,7 +178,7 @@ def adapt(
             )
         return with_lora(model, kind, lora)
     names = [name for name, _ in model.named_parameters()]
-    frozen = _matching("freeze", freeze, names) - _matching("unfreeze", unfreeze, names)
+    frozen = matching("adapt: freeze", freeze, names) - matching("adapt: unfreeze", unfreeze, names)
     if unfreeze and not freeze:
         raise ConfigError("adapt: unfreeze makes exceptions from freeze, which is empty; add freeze=['*']")
     if frozen.issuperset(names):
@@ -226,19 +226,6 @@ def with_lora(model: nn.Module, kind: Kind, options: Mapping[str, Any]) -> nn.Mo
 def _check_kind(where: str, kind: str) -> None:
     if kind not in AUTO_CLASSES:
         raise ConfigError(f"{where}: no kind of model {kind!r}{did_you_mean(kind, AUTO_CLASSES)}")
-
-
-def _matching(option: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    if isinstance(patterns, str):
-        raise ConfigError(f"adapt: {option}={patterns!r} must be a list of patterns: [{patterns!r}]")
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            some = ", ".join(names[:: max(1, len(names) // 4)][:4])
-            raise ConfigError(f"adapt: {option}: no parameter is called {pattern!r}; names are such as {some}")
-        found.update(matched)
-    return found
 
 
 def _close(name: str, known: Sequence[str]) -> str:

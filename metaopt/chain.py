@@ -194,7 +194,7 @@ class Chain:
             stage.commit(result)
             losses.append(result.losses)
         assert result is not None
-        return InnerResult(result.model, torch.cat(losses), steps, steps)
+        return InnerResult(result.model, torch.cat(losses), steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return every stage's weights, optimizer state, stream position and random state."""

@@ -36,7 +36,6 @@ class InnerResult:
     model: FunctionalModel
     losses: Tensor  # [num_steps], detached
     num_steps: int
-    schedule_steps: int
 
 
 @dataclass
@@ -179,7 +178,7 @@ class InnerLoop:
                 )
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
         model = FunctionalModel(self.structure, {**self.frozen, **params}, buffers, optimizer_state=detached)
-        return InnerResult(model, values, self.num_steps, self.num_steps)
+        return InnerResult(model, values, self.num_steps)
 
     def run_without_graph(
         self,

@@ -1,7 +1,9 @@
-"""Checks of plain arguments, each raising one message that names the argument."""
+"""Checks of plain arguments, ranges and name patterns, each raising one message that names the argument."""
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 from metaopt.errors import ConfigError
@@ -19,3 +21,17 @@ def check_fraction(where: str, **fractions: Any) -> None:
     for name, value in fractions.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ConfigError(f"{where}: {name}={value!r} must be a fraction between 0 and 1")
+
+
+def matching(where: str, patterns: Sequence[str], names: Sequence[str], what: str = "parameter") -> set[str]:
+    """Return the names that match any of the patterns; raise for a pattern that matches none."""
+    if isinstance(patterns, str):
+        raise ConfigError(f"{where}={patterns!r} must be a list of patterns: [{patterns!r}]")
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            some = ", ".join(names[:: max(1, len(names) // 4)][:4])
+            raise ConfigError(f"{where}: no {what} is called {pattern!r}; names are such as {some}")
+        found.update(matched)
+    return found

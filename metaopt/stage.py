@@ -212,7 +212,7 @@ class Stage:
         self._load_tensors({**result.model.params, **result.model.buffers})
         self.rule.write_back(result.model.optimizer_state)
         self._steps += result.num_steps
-        self._schedule_steps += result.schedule_steps
+        self._schedule_steps += result.num_steps
         if self._stream is not None:
             self._stream.advance(result.num_steps * self.accumulate)
         if self._schedule is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from metaopt.errors import ConfigError, did_you_mean
+from metaopt.ranges import matching
 
 Tensors = dict[str, Tensor]
 
@@ -100,9 +100,12 @@ def grouped(
             "grouped: the parameters come without names; give it to a stage as a factory: Stage(model, "
             "functools.partial(metaopt.grouped, optimizer=..., no_decay=[...]), ...)"
         )
-    undecayed = _matching("no_decay", no_decay, names)
+    undecayed = matching("grouped: no_decay", no_decay, names, "trained parameter")
     members: dict[tuple[int, bool], list[Any]] = {}
-    chosen = [_matching(f"groups[{i}].names", group.get("names", ()), names) for i, group in enumerate(groups)]
+    chosen = [
+        matching(f"grouped: groups[{i}].names", group.get("names", ()), names, "trained parameter")
+        for i, group in enumerate(groups)
+    ]
     for name, param in zip(names, params, strict=True):
         which = next((i for i, found in enumerate(chosen) if name in found), -1)
         members.setdefault((which, name in undecayed), []).append(param)
@@ -116,21 +119,6 @@ def grouped(
             kind = type(built).__name__
             raise ConfigError(f"grouped: {kind} has no hyperparameter {key!r}{did_you_mean(key, built.defaults)}")
     return built
-
-
-def _matching(option: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    if isinstance(patterns, str):
-        raise ConfigError(f"grouped: {option}={patterns!r} must be a list of patterns: [{patterns!r}]")
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            shown = ", ".join(names[:5])
-            raise ConfigError(
-                f"grouped: {option}: no trained parameter is called {pattern!r}; names are such as {shown}"
-            )
-        found.update(matched)
-    return found
 
 
 def sequential(
