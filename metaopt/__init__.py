@@ -68,13 +68,13 @@ _PUBLIC = {
     "ValidationLoss": "objectives",
     "WeightNetwork": "weight_network",
     "WeightedLoss": "losses",
-    "backward": "diagnostics",
-    "check_hypergradient": "check",
+    "backward": "diagnostics.backward",
+    "check_hypergradient": "diagnostics.check",
     "grouped": "transforms",
-    "hypergradient": "diagnostics",
+    "hypergradient": "diagnostics.backward",
     "mixed_jacobian": "mixed",
     "mixed_vjp": "mixed",
-    "register_optimizer": "optimizer_kinds",
+    "register_optimizer": "torch_optim.kinds",
     "sequential": "transforms",
 }
 
@@ -97,10 +97,10 @@ if TYPE_CHECKING:
     from metaopt.augmentation import AugmentedLoss as AugmentedLoss
     from metaopt.augmentation import GaussianNoise as GaussianNoise
     from metaopt.chain import Chain as Chain
-    from metaopt.check import check_hypergradient as check_hypergradient
     from metaopt.data.bundle import DataBundle as DataBundle
-    from metaopt.diagnostics import backward as backward
-    from metaopt.diagnostics import hypergradient as hypergradient
+    from metaopt.diagnostics.backward import backward as backward
+    from metaopt.diagnostics.backward import hypergradient as hypergradient
+    from metaopt.diagnostics.check import check_hypergradient as check_hypergradient
     from metaopt.errors import ConfigError as ConfigError
     from metaopt.errors import MetaoptError as MetaoptError
     from metaopt.errors import MissingPathError as MissingPathError
@@ -141,13 +141,13 @@ if TYPE_CHECKING:
     from metaopt.objectives import SumOfObjectives as SumOfObjectives
     from metaopt.objectives import SurrogateLoss as SurrogateLoss
     from metaopt.objectives import ValidationLoss as ValidationLoss
-    from metaopt.optimizer_kinds import register_optimizer as register_optimizer
     from metaopt.soft_inputs import Annealed as Annealed
     from metaopt.soft_inputs import ExpectedEmbeddings as ExpectedEmbeddings
     from metaopt.soft_inputs import GumbelSamples as GumbelSamples
     from metaopt.soft_targets import SoftTargetLoss as SoftTargetLoss
     from metaopt.soft_targets import SoftTargets as SoftTargets
     from metaopt.stage import Stage as Stage
+    from metaopt.torch_optim.kinds import register_optimizer as register_optimizer
     from metaopt.tracking import load_meta_params as load_meta_params
     from metaopt.trainer import MetaTrainer as MetaTrainer
     from metaopt.transforms import ClipNorm as ClipNorm

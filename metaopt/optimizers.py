@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ConfigError
-from metaopt.flattened import Flattened, State
-from metaopt.hyperparameters import Group, Overrides, check_overrides, learned_rates, with_overrides
-from metaopt.optimizer_kinds import SUPPORTED as SUPPORTED
-from metaopt.optimizer_kinds import carries_gradient as carries_gradient
-from metaopt.optimizer_kinds import kind_of
-from metaopt.optimizer_kinds import per_element as per_element
-from metaopt.optimizer_probe import probe
 from metaopt.schedules import Schedule as Schedule
-from metaopt.torch_step import plain, shallow, torch_step, tracked
+from metaopt.torch_optim.flattened import Flattened, State
+from metaopt.torch_optim.hyperparameters import Group, Overrides, check_overrides, learned_rates, with_overrides
+from metaopt.torch_optim.kinds import SUPPORTED as SUPPORTED
+from metaopt.torch_optim.kinds import carries_gradient as carries_gradient
+from metaopt.torch_optim.kinds import kind_of
+from metaopt.torch_optim.kinds import per_element as per_element
+from metaopt.torch_optim.probe import probe
+from metaopt.torch_optim.step import plain, shallow, torch_step, tracked
 from metaopt.transforms import NamedParameters
 
 Tensors = dict[str, Tensor]

@@ -18,9 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 from metaopt import report
 from metaopt.build import build_logger, stage_steps
 from metaopt.chain import TrainedChain
-from metaopt.check import check_hypergradient
 from metaopt.config import as_yaml
 from metaopt.data.bundle import DataBundle
+from metaopt.diagnostics.check import check_hypergradient
 from metaopt.final import retrain, scored, weight_quality, weights_of
 from metaopt.meta_params import baseline, named_tensors, summary
 from metaopt.objectives import MetaObjective

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from metaopt.errors import ConfigError
-from metaopt.torch_step import shallow
+from metaopt.torch_optim.step import shallow
 
 
 class Schedule:

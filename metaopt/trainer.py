@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from metaopt.accumulation import mean_meta_loss
 from metaopt.chain import Chain, TrainedChain
 from metaopt.data.streams import BatchStream
-from metaopt.diagnostics import backward, entries
+from metaopt.diagnostics.backward import backward, entries
 from metaopt.errors import ConfigError, NonFiniteError, did_you_mean
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors

@@ -24,7 +24,7 @@ from torch import nn
 
 import metaopt
 from metaopt.estimators import Checkpointed
-from metaopt.optimizer_kinds import REFUSED, SUPPORTED
+from metaopt.torch_optim.kinds import REFUSED, SUPPORTED
 
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
 EXPERIMENT = runpy.run_path(str(Path(__file__).parent.parent / "experiments" / "optimizers" / "run.py"))
@@ -282,7 +282,7 @@ def normalised_step(param, gradient, state, group):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("metaopt.optimizer_kinds._registered", {})
+    monkeypatch.setattr("metaopt.torch_optim.kinds._registered", {})
 
 
 @pytest.mark.usefixtures("registry")

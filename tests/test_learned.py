@@ -17,7 +17,7 @@ from reference import relative_error
 from torch import nn
 
 import metaopt
-from metaopt.optimizer_kinds import SUPPORTED
+from metaopt.torch_optim.kinds import SUPPORTED
 
 # Options with which each optimizer's hyperparameters all matter, and what is learned of them.
 OPTIONS: dict[str, list[dict[str, Any]]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ConfigError, did_you_mean
-from metaopt.optimizer_kinds import Kind
+from metaopt.torch_optim.kinds import Kind
 
 # Hyperparameter → a value for all groups, a list of one per group, or a mapping from parameter names
 Overrides = Mapping[str, Any]

@@ -26,7 +26,7 @@ from small_models import Linear, Network
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.check import CheckResult, CheckRow
+from metaopt.diagnostics.check import CheckResult, CheckRow
 from metaopt.estimators import Checkpointed, FiniteDifference
 
 

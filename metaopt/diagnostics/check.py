@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaopt.chain import Chain, TrainedChain
-from metaopt.diagnostics import hypergradient
+from metaopt.diagnostics.backward import hypergradient
 from metaopt.errors import ConfigError, did_you_mean
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective

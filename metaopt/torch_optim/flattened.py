@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.optimizer_kinds import per_element
+from metaopt.torch_optim.kinds import per_element
 
 Tensors = dict[str, Tensor]
 State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of that parameter

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ConfigError, MetaoptError
-from metaopt.optimizer_kinds import Kind, per_element
-from metaopt.torch_step import plain, shallow, torch_step, tracked
+from metaopt.torch_optim.kinds import Kind, per_element
+from metaopt.torch_optim.step import plain, shallow, torch_step, tracked
 
 _STEP, _SAME, _CLOSE = 1e-6, 1e-9, 1e-5
 

@@ -1,0 +1,1 @@
+"""The one backward, and every way to look at what it gives."""
