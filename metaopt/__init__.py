@@ -17,12 +17,14 @@ if not (_CHECKOUT / "metaopt" / "conf").is_dir() and (_CHECKOUT / "conf" / "conf
 _PUBLIC = {
     "Annealed": "soft_inputs",
     "AugmentedLoss": "augmentation",
+    "Captured": "estimators",
     "Chain": "chain",
     "Checkpointed": "estimators",
     "ClassWeights": "meta_params",
     "ClipNorm": "transforms",
     "ClipValue": "transforms",
     "ConfigError": "errors",
+    "ConjugateGradient": "estimators",
     "CrossEntropy": "losses",
     "DataBundle": "data.bundle",
     "Decoded": "handover",
@@ -33,6 +35,7 @@ _PUBLIC = {
     "ExampleWeights": "meta_params",
     "ExpectedEmbeddings": "soft_inputs",
     "FiniteDifference": "estimators",
+    "FirstOrder": "estimators",
     "FixedWeights": "meta_params",
     "FromMeta": "learned",
     "GaussianNoise": "augmentation",
@@ -51,7 +54,10 @@ _PUBLIC = {
     "MetaTrainer": "trainer",
     "MetaoptError": "errors",
     "MissingPathError": "errors",
+    "Neumann": "estimators",
     "NonFiniteError": "errors",
+    "OneStep": "estimators",
+    "Product": "estimators",
     "SoftTargetLoss": "soft_targets",
     "SoftTargets": "soft_targets",
     "SourceWeights": "meta_params",
@@ -63,6 +69,7 @@ _PUBLIC = {
     "SurrogateLoss": "objectives",
     "TermWeights": "loss_terms",
     "TokenWeights": "meta_params",
+    "Truncated": "estimators",
     "Uniform": "meta_params",
     "Unrolled": "estimators",
     "ValidationLoss": "objectives",
@@ -106,10 +113,17 @@ if TYPE_CHECKING:
     from metaopt.errors import MissingPathError as MissingPathError
     from metaopt.errors import NonFiniteError as NonFiniteError
     from metaopt.errors import StageError as StageError
+    from metaopt.estimators import Captured as Captured
     from metaopt.estimators import Checkpointed as Checkpointed
+    from metaopt.estimators import ConjugateGradient as ConjugateGradient
     from metaopt.estimators import DoubleBackward as DoubleBackward
     from metaopt.estimators import Estimator as Estimator
     from metaopt.estimators import FiniteDifference as FiniteDifference
+    from metaopt.estimators import FirstOrder as FirstOrder
+    from metaopt.estimators import Neumann as Neumann
+    from metaopt.estimators import OneStep as OneStep
+    from metaopt.estimators import Product as Product
+    from metaopt.estimators import Truncated as Truncated
     from metaopt.estimators import Unrolled as Unrolled
     from metaopt.handover import Decoded as Decoded
     from metaopt.handover import Generated as Generated

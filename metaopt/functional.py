@@ -7,14 +7,15 @@ parameters, so hooks, `ModuleList` slices, tied weights and shared submodules ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import higher
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from metaopt.errors import ConfigError, StageError, did_you_mean
 
@@ -34,6 +35,7 @@ class ModelStructure:
         param_names = {id(p): name for name, p in module.named_parameters()}
         buffer_names = {id(b): name for name, b in module.named_buffers()}
         self._recurrent = [submodule for submodule in module.modules() if isinstance(submodule, nn.RNNBase)]
+        self._normed = any(type(submodule).__name__ == "_WeightNorm" for submodule in module.modules())
         self._all_buffers = [submodule._buffers for submodule in module.modules()]
         self._param_slots: list[Slot] = []
         self._buffer_slots: list[Slot] = []
@@ -90,9 +92,10 @@ class ModelStructure:
 
         Attention runs in the math kernel: the fused ones have no second derivative.
         """
+        normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
         modes = [(submodule, submodule.training) for submodule in self.module.modules()]
         try:
-            with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation():
+            with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation(), normed:
                 self.module.train(training)
                 yield self.module
         finally:
@@ -105,7 +108,17 @@ class ModelStructure:
             return module(*args, **kwargs)
 
 
-_RECOMPUTES = (
+class _PlainWeightNorm(TorchFunctionMode):
+    """Weight norm by its formula `g v / ‖v‖`: torch's kernel takes ‖v‖ as a constant in the second derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+RECOMPUTES = (
     "the model recomputes part of its forward during the backward (torch.utils.checkpoint), when the trained weights "
     "are swapped back already; take the checkpointing out of its forward: estimators.Checkpointed() saves more memory"
 )
@@ -119,12 +132,12 @@ def _refusing_recomputation() -> Iterator[None]:
         yield
         return
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES):
+        with torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTES):
             yield
     except RuntimeError as error:
-        if str(error) != _RECOMPUTES:
+        if str(error) != RECOMPUTES:
             raise
-        raise StageError(_RECOMPUTES) from None
+        raise StageError(RECOMPUTES) from None
 
 
 Call = Callable[[Mapping[str, Tensor], Tensors, bool, Any, Any], Any]
@@ -142,8 +155,6 @@ class FunctionalModel:
 
     Inside an inner loss, `step` counts the inner steps that the stage has taken since its start or last reset.
     """
-
-    step: int = 0
 
     def __init__(
         self,
@@ -169,6 +180,11 @@ class FunctionalModel:
     def config(self) -> Any:
         """The module's own `config` (of Hugging Face models), or None."""
         return getattr(self._structure.module, "config", None)
+
+    @property
+    def step(self) -> int:
+        """Inner steps before this one, of the model in training; 0 of a trained model."""
+        return 0
 
     def _call_buffers(self) -> Tensors:
         return {name: buffer.clone() for name, buffer in self.buffers.items()}
@@ -199,7 +215,22 @@ class FunctionalModel:
 
     def detach(self) -> FunctionalModel:
         """Return the same model with its weights taken out of the graph."""
-        return self._with({name: p.detach() for name, p in self.params.items()})
+        return self._with({name: p.detach() if p.requires_grad else p for name, p in self.params.items()})
+
+    @property
+    def structure(self) -> ModelStructure:
+        """Of the module that this model is a view of."""
+        return self._structure
+
+    def with_call(
+        self, call: Call, params: Mapping[str, Tensor] | None = None, buffers: Tensors | None = None
+    ) -> FunctionalModel:
+        """Return the same model with another way to run it, and with other tensors where they are given."""
+        params, buffers = self.params if params is None else params, self.buffers if buffers is None else buffers
+        state = self.optimizer_state
+        return FunctionalModel(
+            self._structure, params, buffers, training=self.training, optimizer_state=state, call=call
+        )
 
     def _with(self, params: Mapping[str, Tensor], training: bool | None = None) -> FunctionalModel:
         mode = self.training if training is None else training
@@ -217,6 +248,13 @@ class Models(dict[str, FunctionalModel]):
 
 class InnerModel(FunctionalModel):
     """The model inside its own inner step: in train mode, and its calls move `buffers` (batch-norm statistics)."""
+
+    read_step: Callable[[], int] = staticmethod(lambda: 0)
+
+    @property
+    def step(self) -> int:
+        """Inner steps that the stage has taken before this one, since its start or last reset."""
+        return self.read_step()
 
     def _call_buffers(self) -> Tensors:
         return self.buffers
@@ -266,9 +304,9 @@ def behind_boundary(
 
 def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[str]:
     """Return the upstream stages whose boundary a loss reaches, each behind a node of its own."""
-    reached = set(_walk(loss))
-    nodes = {stage: {p.grad_fn for p in model.params.values()} - {None} for stage, model in upstream.items()}
-    return [stage for stage, own in nodes.items() if own & reached]
+    reached = set(nodes([loss]))
+    boundaries = {stage: {p.grad_fn for p in model.params.values()} - {None} for stage, model in upstream.items()}
+    return [stage for stage, own in boundaries.items() if own & reached]
 
 
 class _View(nn.Module):
@@ -341,10 +379,10 @@ def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[s
             opened.release()
 
 
-def _walk(loss: Tensor) -> Iterator[Any]:
-    """Yield the nodes of a loss's graph, up to the boundary and with it."""
+def nodes(heads: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield the nodes of the graph of some tensors, up to the boundary and with it."""
     seen: set[Any] = set()
-    stack = [loss.grad_fn]
+    stack: list[Any] = [head.grad_fn for head in heads]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -357,7 +395,7 @@ def _walk(loss: Tensor) -> Iterator[Any]:
 
 def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
     """Yield the leaf tensors that require grad and that a loss reaches this side of the boundary."""
-    return (node.variable for node in _walk(loss) if hasattr(node, "variable"))
+    return (node.variable for node in nodes([loss]) if hasattr(node, "variable"))
 
 
 def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
@@ -368,32 +406,3 @@ def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
         owners: `id(parameter)` → its name, for every parameter of every stage's own module.
     """
     return sorted({owners[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in owners})
-
-
-def refuse_unsupported(module: nn.Module, stage: str) -> None:
-    """Raise for modules whose second derivative would be wrong in silence."""
-    for name, submodule in module.named_modules():
-        problem = _problem_of(submodule)
-        if problem:
-            raise StageError(f"stage {stage!r}: module {name or '(top)'!r} ({type(submodule).__name__}) {problem}")
-
-
-def _problem_of(module: nn.Module) -> str | None:
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
-        return (
-            "is a wrapper (DataParallel or torch.compile), which runs its own copy of the weights; give the stage the "
-            "module inside (`.module` or `._orig_mod`)"
-        )
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return "was compiled in place, and compiled code has no second derivative; give the stage an uncompiled module"
-    if getattr(module, "gradient_checkpointing", False) is True:
-        return (
-            "uses gradient checkpointing, which recomputes after the trained weights are swapped back; call "
-            "`model.activation_checkpointing_disable()` (`gradient_checkpointing_disable()` in older transformers)"
-        )
-    if any(type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in module._forward_pre_hooks.values()):
-        return (
-            "keeps a computed weight as an attribute (the old weight_norm or spectral_norm), which outlives the swap "
-            "of weights; use torch.nn.utils.parametrizations.weight_norm or .spectral_norm"
-        )
-    return None

@@ -21,7 +21,7 @@ from metaopt.functional import Call, FunctionalModel, InnerModel, Models, ModelS
 from metaopt.losses import InnerLoss, require_scalar
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.optimizers import State, UpdateRule
-from metaopt.random_state import seeded
+from metaopt.random_state import python_draws, seeded
 
 Tensors = dict[str, Tensor]
 Upstream = Mapping[str, FunctionalModel]
@@ -56,6 +56,7 @@ class InnerLoop:
         first_step: inner steps that the stage has taken before; a loss reads `model.step`.
         first_of_training: False for the later parts of a training that is run in parts: `initial` is over by then.
         owners: `id` → name of every parameter of the chain's own modules.
+        beside: what the loss has read that differs from step to step and is no tensor.
     """
 
     name: str
@@ -72,6 +73,7 @@ class InnerLoop:
     first_of_training: bool = True
     first_step: int = 0
     owners: Mapping[int, str] = field(default_factory=dict)
+    beside: set[str] = field(default_factory=set)
 
     @property
     def num_steps(self) -> int:
@@ -110,24 +112,33 @@ class InnerLoop:
         meta_params: AnyMetaParameters,
         upstream: Upstream,
         call: Call | None = None,
+        batches: Sequence[Any] | None = None,
     ) -> tuple[Tensor, Tensors]:
         """Return the inner loss of step t at these weights, and the buffers that its calls leave behind.
 
         With several micro-batches it is their mean, whose gradient is the accumulated one.
         """
         torch.clear_autocast_cache()  # it would keep the low-precision copy of a weight that has moved since
-        buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        model = InnerModel(self.structure, params, buffers, training=True, call=call)
-        model.step = self.first_step + t
-        with seeded(self.seeds[t], self.device), self._autocast():
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        moved = dict(own)
+        model = InnerModel(self.structure, params, moved, training=True, call=call)
+        model.read_step = functools.partial(self._read_step, t)
+        with seeded(self.seeds[t], self.device), self.casting():
+            drawn = python_draws()
             losses = [
                 require_scalar(self.loss(model, batch, meta_params, upstream), f"the loss of stage {self.name!r}")
-                for batch in self.batches[t]
+                for batch in (self.batches[t] if batches is None else batches)
             ]
+            if python_draws() != drawn:
+                self.beside.add("random numbers of Python or numpy")
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        return loss, buffers
+        return loss, {n: buffers[n] if b is own[n] and b._version == 0 else b for n, b in moved.items()}
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _read_step(self, t: int) -> int:
+        self.beside.add("model.step")
+        return self.first_step + t
+
+    def casting(self) -> AbstractContextManager[Any]:
         """Return autocast to the stage's dtype, without the cache that would outlive a weight; or nothing."""
         if self.autocast is None:
             return nullcontext()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from metaopt.errors import ConfigError, did_you_mean
 from metaopt.functional import ModelStructure
@@ -176,6 +177,13 @@ class FixedWeights(MetaParameters):
         return look_up(self.table, batch, self.key, type(self).__name__)
 
 
+def in_bounds(index: Tensor, size: int) -> bool:
+    """Whether all of `index` lies in [0, size); a tensor of a captured graph has no values yet, and passes."""
+    if isinstance(index, FakeTensor) or not index.numel():
+        return True
+    return 0 <= int(index.min()) and int(index.max()) < size
+
+
 def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, sparse: bool = False) -> Tensor:
     """Return the row of each example of the batch, after checking that there is one for each.
 
@@ -191,7 +199,7 @@ def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, s
             "it, or weigh by another key"
         )
     index = batch[key]
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(table):
+    if not in_bounds(index, len(table)):
         raise ConfigError(
             f"{reader} has {len(table)} weights, and batch[{key!r}] runs from {int(index.min())} to "
             f"{int(index.max())}; number from 0, and build it with one weight for each"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metaopt.errors import ConfigError
 from metaopt.functional import FunctionalModel
 from metaopt.losses import InnerLoss, Upstream, logits_of, model_inputs
-from metaopt.meta_params import AnyMetaParameters, MetaParameters, look_up, select
+from metaopt.meta_params import AnyMetaParameters, MetaParameters, in_bounds, look_up, select
 from metaopt.ranges import check_counts
 
 
@@ -39,7 +39,7 @@ class SoftTargets(MetaParameters):
         """Return the targets of a batch [B, C], from its `labels` [B] and `index`."""
         offsets = look_up(self.offsets, batch, "index", "SoftTargets", self.sparse)
         labels = batch["labels"]
-        if labels.dim() != 1 or int(labels.max()) >= offsets.shape[1]:
+        if labels.dim() != 1 or not in_bounds(labels, offsets.shape[1]):
             raise ConfigError(
                 f"SoftTargets: labels of shape {list(labels.shape)}, up to {int(labels.max())}, do not fit "
                 f"{offsets.shape[1]} classes with one label per example"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from metaopt.errors import ConfigError, did_you_mean
+from pathlib import Path
+
 from metaopt.estimators.base import Estimator
+from metaopt.estimators.places import PlaceName
 from metaopt.estimators.products import DoubleBackward, Product
-from metaopt.estimators.stores import KEPT, Kept
+from metaopt.estimators.storage import Storage
+from metaopt.estimators.stores import Kept
 from metaopt.estimators.sweep import Sweep
 from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
 from metaopt.meta_params import AnyMetaParameters
+from metaopt.ranges import check_counts
 
 
 class Checkpointed(Estimator):
@@ -16,23 +20,113 @@ class Checkpointed(Estimator):
 
     With `λ_T = ∂F/∂θ_T`, for t = T−1 … 0: `u = λ_{t+1} ∂Φ/∂g`, `λ_t = λ_{t+1} ∂Φ/∂θ + u ∂²L/∂θ²`, and the hypergradient
     gains `λ_{t+1} ∂Φ/∂φ + u ∂²L/∂θ∂φ` (Maclaurin et al., 2015, arXiv:1502.03492). Memory is one step's graph plus what
-    `store` keeps.
+    `store` keeps; with θ the bytes of the weights and S those of weights and optimizer state:
+
+    | store | kept | plain trainings' flops, in all |
+    |---|---|---|
+    | `states` | T·S | 4 |
+    | `gradients` | T·θ + 2√T·S | 4 |
+    | `recompute` | 2√T·S | 5 |
 
     Args:
         product: how `u ∂²L` is computed; `DoubleBackward()` if None.
-        store: `gradients` (one gradient per step, a state every √T steps; 4 plain trainings in all), `states` (every
-            state), or `recompute` (a state every √T steps; 5 plain trainings).
+        store: `gradients`, `states`, `recompute`, or `auto`: the quickest whose stored steps fit in `budget`.
+        place: where the stored steps lie: `device`, `host` (pinned memory) or `disk`. One segment of √T steps is on
+            the device while it is swept.
+        budget: of `auto`: bytes, or a text such as `"2 GB"`.
+        folder: of `disk`: where to write; the system's temporary folder if None.
     """
 
-    def __init__(self, product: Product | None = None, store: Kept = "gradients") -> None:
-        if store not in KEPT:
-            raise ConfigError(f"{type(self).__name__}: store={store!r}{did_you_mean(store, KEPT)}")
+    def __init__(
+        self,
+        product: Product | None = None,
+        store: Kept | str = "gradients",
+        place: PlaceName = "device",
+        budget: int | str | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
         self.product = product or DoubleBackward()
-        self.store: Kept = store
+        self.storage = Storage(store, place, budget, folder)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(product={self.product!r}, store={self.store!r})"
+        return f"{type(self).__name__}(product={self.product!r}, {self.storage})"
 
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop as one autograd function."""
-        return Sweep(loop, meta_params, upstream, self.product, self.store).run()
+        return self._sweep(loop, meta_params, upstream)
+
+    def _sweep(
+        self,
+        loop: InnerLoop,
+        meta_params: AnyMetaParameters,
+        upstream: Upstream,
+        first: int = 0,
+        first_order: bool = False,
+    ) -> InnerResult:
+        kept, place = self.storage.resolve(loop, loop.num_steps - first, meta_params, upstream)
+        return Sweep(loop, meta_params, upstream, self.product, kept, place, first, first_order).run()
+
+
+class Truncated(Checkpointed):
+    """Only the last steps of the stage are differentiated; the weights before them count as constants.
+
+    `dθ_T/dφ ≈ Σ_{t ≥ T−last} (∂θ_T/∂θ_{t+1}) (∂Φ_t/∂φ)` (Shaban et al., 2019, arXiv:1810.10667). The error falls
+    geometrically in `last` where the inner loss is strongly convex. Learned initial weights get no hypergradient.
+
+    Args:
+        last: how many steps, at least 1; the whole stage if it is shorter.
+        product, store, place, budget, folder: as of `Checkpointed`.
+    """
+
+    def __init__(
+        self,
+        last: int,
+        product: Product | None = None,
+        store: Kept | str = "gradients",
+        place: PlaceName = "device",
+        budget: int | str | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
+        super().__init__(product, store, place, budget, folder)
+        check_counts(type(self).__name__, last=last)
+        self.last = last
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.last}, product={self.product!r}, {self.storage})"
+
+    def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
+        """Run the loop as one autograd function, and store its last steps."""
+        return self._sweep(loop, meta_params, upstream, first=max(0, loop.num_steps - self.last))
+
+
+class OneStep(Truncated):
+    """The chain rule of the last step of the stage alone: `dθ_T/dφ ≈ ∂Φ_{T−1}/∂φ + ∂Φ_{T−1}/∂g · ∂²L/∂θ∂φ`.
+
+    In a chain of two such stages this is `dL3/dW · d²L2/dW dWo · d²L1/dWo dA`, with each optimizer's own derivative
+    between the factors (T1–T2 of Luketina et al., 2016, arXiv:1511.06727).
+
+    Args:
+        product: as of `Checkpointed`.
+    """
+
+    def __init__(self, product: Product | None = None) -> None:
+        super().__init__(1, product, store="states")
+
+    def __repr__(self) -> str:
+        return f"OneStep(product={self.product!r})"
+
+
+class FirstOrder(Checkpointed):
+    """All steps are swept, but without `∂²L/∂θ²`: `λ_t = λ_{t+1} ∂Φ/∂θ`.
+
+    The hypergradient keeps `Σ_t u_t ∂²L/∂θ∂φ`, so what a loss reads still gets one; initial weights get that of
+    first-order MAML (Nichol et al., 2018, arXiv:1803.02999). The error is of the order of the inner learning rate times
+    the number of steps.
+
+    Args:
+        product, store, place, budget, folder: as of `Checkpointed`.
+    """
+
+    def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
+        """Run the loop as one autograd function."""
+        return self._sweep(loop, meta_params, upstream, first_order=True)

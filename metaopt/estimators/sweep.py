@@ -7,7 +7,7 @@ raw gradient as a leaf); pull what reaches the gradient back through it (the sec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metaopt.errors import StageError
-from metaopt.estimators.products import Product, leaves
+from metaopt.estimators.places import Device, Place
+from metaopt.estimators.products import Product
+from metaopt.estimators.products.base import Wanted, leaves
+from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.stores import Kept, StepRecord, Tape
+from metaopt.estimators.upstream_outputs import OutputKey, UpstreamOutputs
 from metaopt.functional import FunctionalModel, graph_leaves
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
 from metaopt.optimizers import State, carries_gradient
 
 Tensors = dict[str, Tensor]
-Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
 StateKey = tuple[str, str]  # (parameter; which piece of its optimizer state)
+Below = tuple[Tensors, dict[StateKey, Tensor]]  # cotangents of weights and optimizer state
 
 
 class Sweep:
@@ -34,9 +38,9 @@ class Sweep:
         loop: the steps.
         meta_params, upstream: what the trained weights depend on, beside the initial weights.
         product: how second-order products are computed.
-        kept: what is stored of the steps.
+        kept, place: what is stored of the steps, and where.
         first: the first step that is differentiated; those before count as constants (truncation).
-        first_order: drop `∂²L/∂θ²`, so that a step's weights depend on the last ones as if by identity.
+        first_order: drop `∂²L/∂θ²`, so that a step's weights depend on the last ones by the update alone.
     """
 
     def __init__(
@@ -45,25 +49,30 @@ class Sweep:
         meta_params: AnyMetaParameters,
         upstream: Upstream,
         product: Product,
-        kept: Kept,
+        kept: Kept = "states",
+        place: Place | None = None,
         first: int = 0,
         first_order: bool = False,
     ) -> None:
-        self.loop, self.meta_params, self.upstream = loop, meta_params, upstream
-        self.product, self.first, self.first_order = product, first, first_order
+        self.loop, self.meta_params, self.product = loop, meta_params, product
+        self.first, self.first_order = first, first_order
         meta: dict[Key, Tensor] = {(None, name): t for name, t in named_tensors(meta_params).items()}
         above: dict[Key, Tensor] = {
             (stage, name): p for stage, model in upstream.items() for name, p in model.params.items() if p.requires_grad
         }
         self.others = {**meta, **above}
+        self._graph_upstream = upstream
         self._plain = {name: model.detach() for name, model in upstream.items()}
-        self.tape = Tape(kept, loop, meta_params, self._plain, first)
+        self._outputs = UpstreamOutputs(loop, self._plain)
+        self._settings: Hashable = settings_of(loop, meta_params, self._plain)
+        keeps = product.uses_known_gradient
+        self.tape = Tape(kept, place or Device(), loop, meta_params, self._outputs.recording(), first, keeps)
 
     def run(self) -> InnerResult:
         """Run the inner loop; the result's weights are in the graph of everything in `others` and of learned starts."""
         loop = self.loop
         own = {name: p.detach().clone() for name, p in loop.structure.params.items()}
-        start = loop.start({name: own[name] for name in loop.rule.names}, self.meta_params, self.upstream)
+        start = loop.start({name: own[name] for name in loop.rule.names}, self.meta_params, self._graph_upstream)
         names = list(start)
         result: list[InnerResult] = []
         outputs = _Stage.apply(self, result, len(names), *start.values(), *self.others.values())
@@ -73,17 +82,19 @@ class Sweep:
         done.model = FunctionalModel(loop.structure, params, buffers, optimizer_state=state)
         return done
 
+    # --- forward ------------------------------------------------------------------------------------------------
+
     def forward(self, start: Sequence[Tensor]) -> InnerResult:
         """Run every step with torch's own optimizer, and keep what the backward needs."""
         loop = self.loop
         initial = dict(zip(loop.rule.names, start, strict=True))
-        plain = {name: t.detach() for (stage, name), t in self.others.items() if stage is None}
         losses = []
-        with rebound(self.meta_params, plain):
-            args = (loop.rule.initial_state(), loop.start_buffers(), self.meta_params, self._plain)
+        with rebound(self.meta_params, self._plain_meta):
+            args = (loop.rule.initial_state(), loop.start_buffers(), self.meta_params, self._outputs.recording())
             steps = PlainSteps(loop, initial, *args)
             for t in range(loop.num_steps):
                 self.tape.record(t, steps)
+                self._outputs.begin(t)
                 buffers = steps.buffers
                 loss, gradient = steps.gradient(t, self._refuse_closures if t == 0 else None)
                 if t == 0:
@@ -91,7 +102,12 @@ class Sweep:
                 self.tape.record_gradient(t, gradient, buffers)
                 steps.update(t, gradient)
                 losses.append(loss)
+            self._outputs.end()
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
+
+    @property
+    def _plain_meta(self) -> Tensors:
+        return {str(name): t.detach() for (stage, name), t in self.others.items() if stage is None}
 
     def _refuse_closures(self, loss: Tensor, params: Tensors) -> None:
         """Raise if the loss reads tensors that require grad and are neither handed in nor learned here."""
@@ -105,82 +121,90 @@ class Sweep:
                 f"{shapes}): their gradient would be lost here. Give them as meta-parameters, or use Unrolled()"
             )
 
-    def backward(self, cotangents: Sequence[Tensor | None]) -> tuple[Tensors, dict[Key, Tensor]]:
-        """Return the cotangents of the initial weights and of `others`."""
-        names = self.loop.rule.names
-        params: Tensors = {n: c for n, c in zip(names, cotangents, strict=True) if c is not None}
-        state: dict[StateKey, Tensor] = {}
-        others: dict[Key, Tensor] = {}
-        plain = {name: t.detach() for (stage, name), t in self.others.items() if stage is None}
-        for t in reversed(range(self.first, self.loop.num_steps)):
-            with rebound(self.meta_params, plain):
-                record = self.tape.rebuild(t)
-            params, state = self._step_back(t, record, params, state, others)
-        return (params if self.first == 0 else {}), others
+    # --- backward -----------------------------------------------------------------------------------------------
 
-    def _step_back(
-        self, t: int, record: StepRecord, params: Tensors, state: dict[StateKey, Tensor], others: dict[Key, Tensor]
-    ) -> tuple[Tensors, dict[StateKey, Tensor]]:
+    def backward(self, cotangents: Mapping[str, Tensor], free: bool) -> tuple[Tensors, dict[Key, Tensor]]:
+        """Return the cotangents of the initial weights and of `others`.
+
+        Args:
+            cotangents: of the trained weights.
+            free: let go of each step once it is swept; there will be no second backward.
+        """
+        others: dict[Key, Tensor] = {}
+        of_start = self.sweep_back(dict(cotangents), free, others)
+        for key, cotangent in self._outputs.pull_back().items():
+            add(others, key, cotangent)
+        return of_start, others
+
+    def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
+        """Go through the steps in reverse; return the cotangents of the initial weights."""
+        below: Below = (cotangents, {})
+        for t in reversed(range(self.first, self.loop.num_steps)):
+            below = self.step_back(t, self.rebuild(t, free), below, others)
+        return below[0] if self.first == 0 else {}
+
+    def rebuild(self, t: int, free: bool) -> StepRecord:
+        """Return step t as it was."""
+        with rebound(self.meta_params, self._plain_meta):
+            return self.tape.rebuild(t, free)
+
+    def step_back(self, t: int, record: StepRecord, above: Below, others: dict[Key, Tensor]) -> Below:
         """Pull cotangents back through step t; those of `others` are added in place."""
         names = list(record.params)
-        detached = [tensor.detach() for tensor in self.others.values()]
-        gradient, pullback = self.product.linearize(self._loss(t, record), list(record.params.values()), detached)
+        wanted = Wanted(gradient=record.gradient is None, params=not self.first_order)
+        gradient, pullback = self.linearize(t, record, wanted)
         raw = record.gradient or dict(zip(names, gradient, strict=True))
-        direct, before, through_gradient = self._update_back(t, record, raw, params, state, others)
-        second, to_others = pullback([through_gradient.get(name) for name in names])
-        for key, cotangent in zip(self.others, to_others, strict=True):
-            _add(others, key, cotangent)
-        if not self.first_order:
-            for name, cotangent in zip(names, second, strict=True):
-                _add(direct, name, cotangent)
+        direct, before, through_gradient = self.update_back(t, record, raw, above, others)
+        for name, cotangent in pullback(through_gradient, others).items():
+            add(direct, name, cotangent)
         return direct, before
 
-    def _loss(self, t: int, record: StepRecord) -> Any:
-        """Return step t's loss as a function of (params, others)."""
-        loop, keys, names, frozen = self.loop, list(self.others), list(record.params), self.loop.frozen
+    def linearize(self, t: int, record: StepRecord, wanted: Wanted) -> tuple[Any, Any]:
+        """Return step t's gradient, and (u, sums) ↦ u·∂²L/∂θ² by name; u·∂²L/∂θ∂others is added to `sums`."""
+        given: dict[Key, Tensor] = {key: x.detach() for key, x in self.others.items()}
+        given |= self._outputs.of_step(t)
+        loss = StepLoss(t, record, self.loop, self.meta_params, self._plain, self._outputs, list(given), self._settings)
+        gradient, pull = self.product.linearize(loss, list(record.params.values()), list(given.values()), wanted)
 
-        def loss(params: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-            given = dict(zip(keys, others, strict=True))
-            upstream = self._upstream_with(given)
-            with rebound(self.meta_params, {name: x for (stage, name), x in given.items() if stage is None}):
-                weights = {**frozen, **dict(zip(names, params, strict=True))}
-                return loop.loss_at(t, weights, record.buffers, self.meta_params, upstream)[0]
+        def pullback(cotangents: Mapping[str, Tensor], sums: dict[Key, Tensor] | None) -> Tensors:
+            second, beside = pull([cotangents.get(name) for name in record.params])
+            for key, cotangent in zip(given, beside, strict=True):
+                if cotangent is None or sums is None:
+                    continue
+                if isinstance(key[1], OutputKey):
+                    self._outputs.add(t, (str(key[0]), key[1]), cotangent)
+                else:
+                    add(sums, key, cotangent)
+            return {name: c for name, c in zip(record.params, second, strict=True) if c is not None}
 
-        return loss
+        return gradient, pullback
 
-    def _upstream_with(self, given: Mapping[Key, Tensor]) -> dict[str, FunctionalModel]:
-        return {
-            stage: model._with({name: given.get((stage, name), p) for name, p in model.params.items()})
-            for stage, model in self._plain.items()
-        }
-
-    def _update_back(
+    def update_back(
         self,
         t: int,
         record: StepRecord,
         gradient: Mapping[str, Tensor | None],
-        params: Tensors,
-        state: dict[StateKey, Tensor],
+        above: Below,
         others: dict[Key, Tensor],
     ) -> tuple[Tensors, dict[StateKey, Tensor], Tensors]:
         """Pull cotangents back through `update`: to the weights and state before it, and to the raw gradient."""
         present = {name: g for name, g in gradient.items() if g is not None}
         flowing = {(n, k): v for n, entry in record.state.items() for k, v in entry.items() if carries_gradient(k, v)}
         at, raw, kept = _as_leaves(record.params), _as_leaves(present), _as_leaves(flowing)
-        learned = _as_leaves({name: t for (stage, name), t in self.others.items() if stage is None})
+        learned = _as_leaves(self._plain_meta)
         entries: State = {n: {k: kept.get((n, k), v) for k, v in entry.items()} for n, entry in record.state.items()}
         with torch.enable_grad(), rebound(self.meta_params, learned):
             hyperparameters = self.loop.hyperparameters(t, self.meta_params)
             transformed = self.loop.transformed({**gradient, **raw})
             after, state_after = self.loop.rule.step(at, transformed, entries, hyperparameters)
-        outputs = [(after[name], cotangent) for name, cotangent in params.items()]
-        outputs += [(state_after[n][k], cotangent) for (n, k), cotangent in state.items()]
+        outputs = [(after[name], cotangent) for name, cotangent in above[0].items()]
+        outputs += [(state_after[n][k], cotangent) for (n, k), cotangent in above[1].items()]
         found = iter(_vjp(outputs, [*at.values(), *raw.values(), *kept.values(), *learned.values()]))
         direct, to_gradient, before, to_learned = (
             {key: next(found) for key in part} for part in (at, raw, kept, learned)
         )
         for name, cotangent in to_learned.items():
-            _add(others, (None, name), cotangent)
+            add(others, (None, name), cotangent)
         return _present(direct), _present(before), _present(to_gradient)
 
 
@@ -200,9 +224,17 @@ def _vjp(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> 
     return list(torch.autograd.grad(heads, inputs, weights, allow_unused=True))
 
 
-def _add(into: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:
+def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:
+    """Add a cotangent to those of the same tensor."""
     if cotangent is not None:
-        into[key] = into[key] + cotangent if key in into else cotangent
+        sums[key] = sums[key] + cotangent if key in sums else cotangent
+
+
+def _will_run_again() -> bool:
+    """Return whether the running backward keeps the graph (`retain_graph=True`)."""
+    autograd = getattr(torch._C, "_autograd", None)
+    ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)  # torch's own, without a public name
+    return True if ask is None else bool(ask())
 
 
 class _Stage(torch.autograd.Function):
@@ -212,15 +244,16 @@ class _Stage(torch.autograd.Function):
     def forward(ctx: Any, sweep: Sweep, result: list[InnerResult], num_params: int, *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.sweep, ctx.num_params = sweep, num_params
-        ctx.save_for_backward(*tensors)  # notices an in-place change of A between the forward and the backward
+        ctx.save_for_backward(*tensors)  # notices a second backward, and an in-place change of A before the first
         result.append(sweep.forward(tensors[:num_params]))
         return tuple(result[0].model.params[name] for name in sweep.loop.rule.names)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        sweep = ctx.sweep
+        sweep: Sweep = ctx.sweep
         _ = ctx.saved_tensors
-        params, others = sweep.backward(cotangents)
-        of_params = [params.get(name) for name in sweep.loop.rule.names]
-        return None, None, None, *of_params, *(others.get(key) for key in sweep.others)
+        names = sweep.loop.rule.names
+        present = {n: c for n, c in zip(names, cotangents, strict=True) if c is not None}
+        params, others = sweep.backward(present, free=not _will_run_again())
+        return None, None, None, *(params.get(name) for name in names), *(others.get(key) for key in sweep.others)

@@ -1,0 +1,189 @@
+"""The exact product as a captured graph of tensor operations, replayed for every step."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves, linearized
+from metaopt.estimators.products.double_backward import DoubleBackward
+
+MOST_PROGRAMS = 16  # shapes, stages; the program used longest ago is dropped
+
+
+class Captured(Product):
+    """One step's forward, backward and double backward, captured once and replayed; what no output needs is left out.
+
+    Exact: the same operations as `DoubleBackward`, whose result the first replay is compared with. A graph belongs to
+    the shapes of the tensors, to the modules and the loss, and to the plain numbers that they hold (dropout
+    probabilities, temperatures). Where a step cannot be captured (a branch on the values of a batch, random numbers of
+    Python), the product is `DoubleBackward`'s, and one warning says why.
+
+    Source: torch.fx.experimental.proxy_tensor.make_fx.
+    """
+
+    def __init__(self) -> None:
+        self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
+        self._eager = DoubleBackward()
+        self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        return "Captured()"
+
+    def linearize(
+        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+    ) -> tuple[Cotangents, Pullback]:
+        """Replay the captured graph, as far as it does not depend on u; the pullback replays the rest."""
+        key = (loss.signature, wanted, *(_shape(t) for t in (*params, *others, *loss.context)))
+        if key not in self._programs:
+            self._programs[key] = self._capture(loss, params, others, wanted)
+            if len(self._programs) > MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+        program = self._programs[key]
+        if program is None:
+            return self._eager.linearize(loss, params, others, wanted)
+        self._programs.move_to_end(key)
+        run = program.start(loss, params, others)
+        if program.checked:
+            return run
+        return self._first_run(key, program, run, self._eager.linearize(loss, params, others, wanted))
+
+    def _capture(
+        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+    ) -> _Program | None:
+        if loss.obstacle:
+            return self._fall_back(f"its loss reads {loss.obstacle}, which a captured graph would freeze")
+        try:
+            return _Program(loss, params, others, wanted)
+        except Exception as error:  # whatever an operation raises that fake tensors cannot answer
+            lines = str(error).strip().splitlines() or [""]
+            return self._fall_back(f"{type(error).__name__}: {lines[0]}")
+
+    def _fall_back(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"Captured: an inner step cannot be captured ({reason}); its product is computed by DoubleBackward()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _first_run(
+        self, key: Hashable, program: _Program, run: tuple[Cotangents, Pullback], eager: tuple[Cotangents, Pullback]
+    ) -> tuple[Cotangents, Pullback]:
+        """Compare the first results with DoubleBackward's, and return those."""
+        agrees = _agree(run[0], eager[0]) if any(g is not None for g in run[0]) else True
+
+        def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
+            right, found = eager[1](cotangents), run[1](cotangents)
+            if agrees and _agree([*found[0], *found[1]], [*right[0], *right[1]]):
+                program.checked = True
+            else:
+                self._programs[key] = self._fall_back("the captured graph's first result is not that of eager code")
+            return right
+
+        return eager[0], pullback
+
+
+class _Program:
+    """A captured step in two graphs: what does not depend on the cotangent u, and the rest."""
+
+    def __init__(self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted) -> None:
+        self.checked = False
+        self._anchors, self._num_params = loss.anchors, len(params)  # their ids are in the signature
+        self._shown: list[list[bool]] = []
+        cotangents = [torch.zeros_like(p) for p in params]
+        inputs = [*params, *others, *loss.context, *cotangents]
+        joint = self._joint(loss, len(params), len(others), wanted)
+        graph = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(inputs)
+        num_gradients = sum(self._shown[0])
+        self._before, self._after = _split(graph, len(inputs) - len(params), num_gradients, wanted.gradient)
+
+    def _joint(self, loss: Loss, num_params: int, num_others: int, wanted: Wanted) -> Callable[..., Any]:
+        """Return (params, others, context, u) → (gradient, products), without the entries that are None."""
+        end = num_params + num_others
+
+        def joint(inputs: list[Tensor]) -> Any:
+            with torch.enable_grad():
+                at, beside = leaves(inputs[:num_params]), leaves(inputs[num_params:end])
+                value = loss(at, beside, inputs[end:-num_params])
+                gradients = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
+                below = at if wanted.params else []
+                products = linearized(gradients, inputs[-num_params:], [*below, *beside])
+                products = [None] * (num_params - len(below)) + products
+            self._shown = [[t is not None for t in part] for part in (gradients, products)]
+            return [g.detach() for g in gradients if g is not None] + [p for p in products if p is not None]
+
+        return joint
+
+    def start(self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Cotangents, Pullback]:
+        """Run the first graph; the pullback runs the second."""
+        with torch.no_grad(), loss.replaying():
+            gradients, kept = self._before(*params, *others, *loss.context)
+
+        def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
+            given = [torch.zeros_like(p) if u is None else u for p, u in zip(params, cotangents, strict=True)]
+            with torch.no_grad():
+                found = _placed(self._after(*kept, *given), self._shown[1])
+            return found[: self._num_params], found[self._num_params :]
+
+        return _placed(gradients, self._shown[0]), pullback
+
+
+def _split(
+    graph: fx.GraphModule, num_fixed: int, num_gradients: int, wants_gradient: bool
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a joint graph in two: (fixed inputs → gradient, values to keep) and (kept values, u → products)."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    gradients, products = list(output.args[0][:num_gradients]), list(output.args[0][num_gradients:])
+    gradients = gradients if wants_gradient else []
+    output.args = ([*gradients, *products],)
+    graph.graph.eliminate_dead_code()
+    nodes = list(graph.graph.nodes)[:-1]
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    late = set(placeholders[num_fixed:])
+    for node in nodes:
+        if any(source in late for source in node.all_input_nodes):
+            late.add(node)
+    kept = [n for n in nodes if n not in late and (n in products or any(user in late for user in n.users))]
+
+    before, after = fx.Graph(), fx.Graph()
+    early: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node not in late:
+            early[node] = before.node_copy(node, early.__getitem__)
+    before.output(([early[g] for g in gradients], [early[n] for n in kept]))
+    rest = {node: after.placeholder(f"kept_{i}") for i, node in enumerate(kept)}
+    for node in nodes:
+        if node in late:
+            rest[node] = after.node_copy(node, rest.__getitem__)
+    after.output([rest[p] for p in products])
+    return fx.GraphModule(graph, before), fx.GraphModule(graph, after)
+
+
+def _placed(tensors: Sequence[Tensor], shown: Sequence[bool]) -> Cotangents:
+    """Put tensors where `shown` says, and None elsewhere (everywhere, if there are none)."""
+    rest = iter(tensors)
+    return [next(rest, None) if there else None for there in shown]
+
+
+def _shape(tensor: Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _agree(found: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
+    """Whether two lists of tensors are equal but for rounding."""
+    if [x is None for x in found] != [x is None for x in right]:
+        return False
+    pairs = [(a, b) for a, b in zip(found, right, strict=True) if a is not None and b is not None]
+    scale = max((float(b.norm()) for _, b in pairs), default=0.0)
+    return all(
+        torch.equal(a, b) or float((a - b).norm()) <= torch.finfo(b.dtype).eps ** 0.5 * scale or bool(b.isnan().any())
+        for a, b in pairs
+    )
