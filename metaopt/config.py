@@ -15,7 +15,7 @@ from metaopt.errors import ConfigError, did_you_mean
 from metaopt.schema import SECTIONS, Raw, problems_of, value_at
 
 SHARED = "_shared_"
-SHARED_PARTS = ("model", "optimizer", "estimator", "loss", "handover")
+SHARED_PARTS = ("model", "optimizer", "estimator", "product", "loss", "handover")
 FACT = re.compile(r"\$\{facts\.([^}]*)\}")
 
 
@@ -100,20 +100,45 @@ def _raise_if_any(problems: Sequence[str]) -> None:
 
 def _fill_in_shared_parts(raw: Raw) -> dict[str, str]:
     """Put the shared parts under the stages' own values; return node path → shared path where nothing is its own."""
-    untouched = {}
+    untouched: dict[str, str] = {}
     for name, stage in raw["stages"].items():
         for part, node in (stage or {}).items():
-            if not isinstance(node, Mapping) or SHARED not in node:
-                continue
-            own = dict(node)
-            source = own.pop(SHARED)
-            if not own:
-                untouched[f"stages.{name}.{part}"] = source
-                own = copy.deepcopy(value_at(raw, source))
-            elif "_target_" not in own:  # a target of its own takes no argument from another one's
-                own = _merged(value_at(raw, source), own)
-            stage[part] = own
+            stage[part] = _filled(raw, node, f"stages.{name}.{part}", untouched)
     return untouched
+
+
+def _filled(raw: Raw, node: Any, path: str, untouched: dict[str, str]) -> Any:
+    """Return one part of a stage with shared parts filled in, its own and those of its parts."""
+    if not isinstance(node, Mapping):
+        return node
+    own = dict(node)
+    source = own.pop(SHARED, None)
+    if source is not None and not own:
+        untouched[path] = source
+        own = copy.deepcopy(value_at(raw, source))
+    elif source is not None and "_target_" not in own:  # a target of its own takes no argument from another one's
+        own = _merged(value_at(raw, source), own)
+    if not isinstance(own, Mapping):
+        return own
+    return {k: _filled(raw, v, f"{path}.{k}", untouched) if _shares(v) else v for k, v in own.items()}
+
+
+def _shares(node: Any) -> bool:
+    return isinstance(node, Mapping) and SHARED in node
+
+
+def _taken(raw: Raw, node: Any) -> Iterator[str]:
+    """Yield the shared parts that a part of a stage takes, and those that these take."""
+    if not isinstance(node, Mapping):
+        return
+    source = node.get(SHARED)
+    if source is not None:
+        yield source.split(".")[0]
+        if "_target_" not in node:
+            for inner in (value_at(raw, source) or {}).values():
+                yield from _taken(raw, inner)
+    for inner in node.values():
+        yield from _taken(raw, inner)
 
 
 def _merged(under: Any, over: Any) -> Any:
@@ -124,18 +149,17 @@ def _merged(under: Any, over: Any) -> Any:
 
 def _unreached(raw: Raw, reference: Raw, overrides: Sequence[str]) -> Iterator[str]:
     """Yield each change of a shared part that no stage takes."""
-    taken = {
-        node[SHARED].split(".")[0]
-        for stage in raw["stages"].values()
-        for node in (stage or {}).values()
-        if isinstance(node, Mapping) and SHARED in node
-    }
+    taken = {p for stage in raw["stages"].values() for node in (stage or {}).values() for p in _taken(raw, node)}
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for part in SHARED_PARTS:
         if part in taken:
             continue
         written = [key for key in keys if key == part or key.startswith(f"{part}.")]
-        for key in dict.fromkeys([*written, *_changes(reference.get(part), raw.get(part), part)]):
+        changed = dict.fromkeys([*written, *_changes(reference.get(part), raw.get(part), part)])
+        if part == "product" and changed:
+            yield f"{', '.join(changed)}: no stage's estimator has one; write estimator=checkpointed beside it, say"
+            continue
+        for key in changed:
             group = f"{part}@stages.{{stage}}" + ("" if part == "handover" else f".{part}")
             spelling = group if key == part else f"stages.{{stage}}.{key.removeprefix('handover.')}"
             right = " or ".join(spelling.format(stage=stage) + "=..." for stage in raw["chain"])

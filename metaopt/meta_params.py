@@ -181,7 +181,7 @@ def in_bounds(index: Tensor, size: int) -> bool:
     """Whether all of `index` lies in [0, size); a tensor of a captured graph has no values yet, and passes."""
     if isinstance(index, FakeTensor) or not index.numel():
         return True
-    return 0 <= int(index.min()) and int(index.max()) < size
+    return int(index.min()) >= 0 and int(index.max()) < size
 
 
 def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, sparse: bool = False) -> Tensor:

@@ -19,14 +19,15 @@ from torch.optim import Optimizer
 
 from metaopt.errors import ConfigError
 from metaopt.schedules import Schedule as Schedule
-from metaopt.torch_optim.flattened import Flattened, State
+from metaopt.torch_optim.flattened import JointStep as JointStep
+from metaopt.torch_optim.flattened import State
 from metaopt.torch_optim.hyperparameters import Group, Overrides, check_overrides, learned_rates, with_overrides
 from metaopt.torch_optim.kinds import SUPPORTED as SUPPORTED
 from metaopt.torch_optim.kinds import carries_gradient as carries_gradient
 from metaopt.torch_optim.kinds import kind_of
 from metaopt.torch_optim.kinds import per_element as per_element
 from metaopt.torch_optim.probe import probe
-from metaopt.torch_optim.step import plain, shallow, torch_step, tracked
+from metaopt.torch_optim.step import plain, shallow, tracked
 from metaopt.transforms import NamedParameters
 
 Tensors = dict[str, Tensor]
@@ -99,30 +100,31 @@ class UpdateRule:
         A parameter without a gradient stays as it is, as in torch. A learned rate η enters as `θ + η (θ₁ − θ)`, where
         θ₁ is what a step of rate 1 gives: exact for optimizers whose step is linear in η, and right at η = 0.
         """
+        new_params, new_state = dict(params), dict(state)
+        for part in self.parts(params, gradients, state, overrides):
+            moved, moved_state = part.step(part.join(params), part.join(gradients), part.join_state(state))
+            new_params.update(part.split(moved))
+            new_state.update(part.split_state(moved_state))
+        return new_params, new_state
+
+    def parts(
+        self,
+        params: Tensors,
+        gradients: Mapping[str, Tensor | None],
+        state: State,
+        overrides: Overrides | None = None,
+    ) -> Iterator[JointStep]:
+        """Yield the step of each group of parameters that are treated alike, as one step on their concatenation."""
         overrides = overrides or {}
         self.check_overrides(overrides)
         linear = self._kind.linear_in_rate
-        new_params, new_state = dict(params), dict(state)
         for group in with_overrides(self.groups, overrides, together=("lr",) if linear else ()):
             names = [name for name in group.names if gradients.get(name) is not None]
             scales = learned_rates(group) if linear else None
             hyperparameters = {k: tracked(v) for k, v in group.hyperparameters.items()}
             hyperparameters |= {} if scales is None else {"lr": 1.0}
             for bucket in self._buckets(names, params, state):
-                flat = Flattened(bucket, params)
-                moved, moved_state = torch_step(
-                    self.optimizer,
-                    self._kind.step,
-                    hyperparameters,
-                    flat.join(params),
-                    flat.join(gradients),
-                    flat.join_state(state),
-                )
-                new_state.update(flat.split_state(moved_state))
-                for name, after in flat.split(moved).items():
-                    before = params[name]
-                    new_params[name] = after if scales is None else before + scales[name] * (after - before)
-        return new_params, new_state
+                yield JointStep(bucket, params, self.optimizer, self._kind.step, hyperparameters, scales)
 
     def _buckets(self, names: Sequence[str], params: Tensors, state: State) -> Iterator[list[str]]:
         """Group parameters that one step on their concatenation treats alike: dtype, device, state keys, step count."""

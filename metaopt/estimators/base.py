@@ -11,6 +11,11 @@ from metaopt.meta_params import AnyMetaParameters
 class Estimator(ABC):
     """How a stage is differentiated: it runs an inner loop and connects the trained weights to what they depend on."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether the hypergradient is that of the training as it is run, but for rounding."""
+        return True
+
     @abstractmethod
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the inner loop; the result's `params` are in the graph of the meta-parameters and upstream weights.

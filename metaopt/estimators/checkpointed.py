@@ -51,6 +51,11 @@ class Checkpointed(Estimator):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(product={self.product!r}, {self.storage})"
 
+    @property
+    def exact(self) -> bool:
+        """Whether the product is."""
+        return self.product.exact
+
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop as one autograd function."""
         return self._sweep(loop, meta_params, upstream)
@@ -94,6 +99,11 @@ class Truncated(Checkpointed):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.last}, product={self.product!r}, {self.storage})"
 
+    @property
+    def exact(self) -> bool:
+        """False: steps are left out."""
+        return False
+
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop as one autograd function, and store its last steps."""
         return self._sweep(loop, meta_params, upstream, first=max(0, loop.num_steps - self.last))
@@ -126,6 +136,11 @@ class FirstOrder(Checkpointed):
     Args:
         product, store, place, budget, folder: as of `Checkpointed`.
     """
+
+    @property
+    def exact(self) -> bool:
+        """False: second derivatives are left out."""
+        return False
 
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop as one autograd function."""

@@ -15,7 +15,8 @@ from metaopt.estimators.base import Estimator
 from metaopt.estimators.products import DoubleBackward, Product
 from metaopt.estimators.products.base import Wanted
 from metaopt.estimators.step_loss import Key
-from metaopt.estimators.sweep import Below, Sweep, Tensors, add
+from metaopt.estimators.sweep import Sweep, Tensors, add
+from metaopt.estimators.update_vjp import Below
 from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.ranges import check_counts
@@ -25,6 +26,11 @@ class FixedPoint(Estimator, ABC):
     """What the two share: one step is stored, and the cotangents of the trained weights are solved for at it."""
 
     product: Product
+
+    @property
+    def exact(self) -> bool:
+        """False: no training of finitely many steps is a fixed point."""
+        return False
 
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop as one autograd function, and store its last step."""
@@ -67,12 +73,11 @@ class Neumann(FixedPoint):
         t, record = sweep.first, sweep.last_step
         gradient, pullback = sweep.linearize(t, record, Wanted(repeatedly=self.terms > 1))
         raw = dict(zip(record.params, gradient, strict=True))
-        below: Below = (cotangents, {})
+        below = Below(cotangents)
         for _ in range(self.terms):
-            direct, before, through_gradient = sweep.update_back(t, record, raw, below, others)
-            for name, cotangent in pullback(through_gradient, others).items():
-                add(direct, name, cotangent)
-            below = (direct, before)
+            below, of_gradient = sweep.update_back(t, record, raw, below, others)
+            for name, cotangent in pullback(of_gradient, others).items():
+                add(below.params, name, cotangent)
 
 
 class ConjugateGradient(FixedPoint):

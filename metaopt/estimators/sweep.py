@@ -17,18 +17,16 @@ from torch.autograd.function import once_differentiable
 from metaopt.errors import StageError
 from metaopt.estimators.places import Device, Place
 from metaopt.estimators.products import Product
-from metaopt.estimators.products.base import Wanted, leaves
+from metaopt.estimators.products.base import Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.stores import Kept, StepRecord, Tape
+from metaopt.estimators.update_vjp import Below, update_vjp
 from metaopt.estimators.upstream_outputs import OutputKey, UpstreamOutputs
 from metaopt.functional import FunctionalModel, graph_leaves
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
-from metaopt.optimizers import State, carries_gradient
 
 Tensors = dict[str, Tensor]
-StateKey = tuple[str, str]  # (parameter; which piece of its optimizer state)
-Below = tuple[Tensors, dict[StateKey, Tensor]]  # cotangents of weights and optimizer state
 
 
 class Sweep:
@@ -138,10 +136,10 @@ class Sweep:
 
     def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
         """Go through the steps in reverse; return the cotangents of the initial weights."""
-        below: Below = (cotangents, {})
+        below = Below(cotangents)
         for t in reversed(range(self.first, self.loop.num_steps)):
             below = self.step_back(t, self.rebuild(t, free), below, others)
-        return below[0] if self.first == 0 else {}
+        return below.params if self.first == 0 else {}
 
     def rebuild(self, t: int, free: bool) -> StepRecord:
         """Return step t as it was."""
@@ -154,10 +152,10 @@ class Sweep:
         wanted = Wanted(gradient=record.gradient is None, params=not self.first_order)
         gradient, pullback = self.linearize(t, record, wanted)
         raw = record.gradient or dict(zip(names, gradient, strict=True))
-        direct, before, through_gradient = self.update_back(t, record, raw, above, others)
-        for name, cotangent in pullback(through_gradient, others).items():
-            add(direct, name, cotangent)
-        return direct, before
+        below, of_gradient = self.update_back(t, record, raw, above, others)
+        for name, cotangent in pullback(of_gradient, others).items():
+            add(below.params, name, cotangent)
+        return below
 
     def linearize(self, t: int, record: StepRecord, wanted: Wanted) -> tuple[Any, Any]:
         """Return step t's gradient, and (u, sums) ↦ u·∂²L/∂θ² by name; u·∂²L/∂θ∂others is added to `sums`."""
@@ -180,48 +178,14 @@ class Sweep:
         return gradient, pullback
 
     def update_back(
-        self,
-        t: int,
-        record: StepRecord,
-        gradient: Mapping[str, Tensor | None],
-        above: Below,
-        others: dict[Key, Tensor],
-    ) -> tuple[Tensors, dict[StateKey, Tensor], Tensors]:
-        """Pull cotangents back through `update`: to the weights and state before it, and to the raw gradient."""
-        present = {name: g for name, g in gradient.items() if g is not None}
-        flowing = {(n, k): v for n, entry in record.state.items() for k, v in entry.items() if carries_gradient(k, v)}
-        at, raw, kept = _as_leaves(record.params), _as_leaves(present), _as_leaves(flowing)
-        learned = _as_leaves(self._plain_meta)
-        entries: State = {n: {k: kept.get((n, k), v) for k, v in entry.items()} for n, entry in record.state.items()}
-        with torch.enable_grad(), rebound(self.meta_params, learned):
-            hyperparameters = self.loop.hyperparameters(t, self.meta_params)
-            transformed = self.loop.transformed({**gradient, **raw})
-            after, state_after = self.loop.rule.step(at, transformed, entries, hyperparameters)
-        outputs = [(after[name], cotangent) for name, cotangent in above[0].items()]
-        outputs += [(state_after[n][k], cotangent) for (n, k), cotangent in above[1].items()]
-        found = iter(_vjp(outputs, [*at.values(), *raw.values(), *kept.values(), *learned.values()]))
-        direct, to_gradient, before, to_learned = (
-            {key: next(found) for key in part} for part in (at, raw, kept, learned)
-        )
-        for name, cotangent in to_learned.items():
+        self, t: int, record: StepRecord, gradient: Mapping[str, Tensor | None], above: Below, others: dict[Key, Tensor]
+    ) -> tuple[Below, Tensors]:
+        """Pull cotangents back through `update`: to what was before the step, and to the raw gradient."""
+        meta = self._plain_meta
+        below, of_gradient, learned = update_vjp(self.loop, t, record, gradient, meta, self.meta_params, above)
+        for name, cotangent in learned.items():
             add(others, (None, name), cotangent)
-        return _present(direct), _present(before), _present(to_gradient)
-
-
-def _as_leaves(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-    return dict(zip(tensors, leaves(list(tensors.values())), strict=True))
-
-
-def _present(cotangents: Mapping[Any, Tensor | None]) -> dict[Any, Tensor]:
-    return {key: cotangent for key, cotangent in cotangents.items() if cotangent is not None}
-
-
-def _vjp(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    outputs = [(head, weight) for head, weight in outputs if head.requires_grad]
-    if not outputs:
-        return [None] * len(inputs)
-    heads, weights = zip(*outputs, strict=True)
-    return list(torch.autograd.grad(heads, inputs, weights, allow_unused=True))
+        return below, of_gradient
 
 
 def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:

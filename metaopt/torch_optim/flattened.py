@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from metaopt.torch_optim.kinds import per_element
+from metaopt.torch_optim.step import torch_step
 
 Tensors = dict[str, Tensor]
 State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of that parameter
@@ -18,24 +20,61 @@ class Flattened:
     """Several tensors as one: elementwise optimizers take the same step on the concatenation, in fewer calls."""
 
     def __init__(self, names: Sequence[str], params: Tensors) -> None:
-        self._names = names
+        self.names = names
         self._shapes = [params[name].shape for name in names]
         self._sizes = [shape.numel() for shape in self._shapes]
 
     def join(self, tensors: Mapping[str, Any]) -> Tensor:
-        parts = [tensors[name].reshape(-1) for name in self._names]
+        parts = [tensors[name].reshape(-1) for name in self.names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, flat: Tensor) -> Tensors:
-        parts = zip(self._names, flat.split(self._sizes), self._shapes, strict=True)
+        parts = zip(self.names, flat.split(self._sizes), self._shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in parts}
 
     def join_state(self, state: State) -> dict[str, Any]:
-        first = state.get(self._names[0], {})
+        first = state.get(self.names[0], {})
         return {
-            k: self.join({n: state[n][k] for n in self._names}) if per_element(k, v) else v for k, v in first.items()
+            k: self.join({n: state[n][k] for n in self.names}) if per_element(k, v) else v for k, v in first.items()
         }
 
     def split_state(self, state: dict[str, Any]) -> State:
-        parts = {k: self.split(v) if per_element(k, v) else dict.fromkeys(self._names, v) for k, v in state.items()}
-        return {name: {k: part[name] for k, part in parts.items()} for name in self._names}
+        parts = {k: self.split(v) if per_element(k, v) else dict.fromkeys(self.names, v) for k, v in state.items()}
+        return {name: {k: part[name] for k, part in parts.items()} for name in self.names}
+
+
+class JointStep(Flattened):
+    """One optimizer step of several parameters, taken on their concatenation.
+
+    Args:
+        names, params: of the parameters, and tensors of their shapes.
+        optimizer, function, hyperparameters: as of `torch_step`.
+        scales: learned rates η by name; the step is then `θ + η (θ₁ − θ)` with θ₁ what a step of rate 1 gives.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Tensors,
+        optimizer: Optimizer,
+        function: Any,
+        hyperparameters: Mapping[str, Any],
+        scales: Mapping[str, Any] | None,
+    ) -> None:
+        super().__init__(names, params)
+        self._optimizer, self._function, self._hyperparameters = optimizer, function, hyperparameters
+        self._scales = None if scales is None else [scales[name] for name in names]
+
+    def step(self, param: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the concatenated parameters and their state after the step, in the graph of all that goes in."""
+        args = (self._optimizer, self._function, self._hyperparameters, param, gradient, state)
+        after, state_after = torch_step(*args)
+        return (after if self._scales is None else param + self._scale(param) * (after - param)), state_after
+
+    def _scale(self, param: Tensor) -> Any:
+        assert self._scales is not None
+        first = self._scales[0]
+        if all(scale is first for scale in self._scales):
+            return first
+        each = (torch.as_tensor(s, dtype=param.dtype, device=param.device) for s in self._scales)
+        return torch.cat([s.reshape(1).expand(size) for s, size in zip(each, self._sizes, strict=True)])

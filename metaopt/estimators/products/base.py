@@ -67,6 +67,7 @@ class Wanted:
 class Product(ABC):
     """How the second-order product of an inner step is computed, in two phases."""
 
+    exact = True
     uses_known_gradient = True  # a gradient that a store has, it need not compute; so stores keep it
 
     @abstractmethod

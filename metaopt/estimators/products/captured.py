@@ -14,6 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.products.double_backward import DoubleBackward
 
+_VIEWS = {
+    getattr(torch.ops.aten, name).default
+    for name in ("detach", "view", "t", "expand", "unsqueeze", "alias", "_unsafe_view", "permute")
+} | {torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int}
 MOST_PROGRAMS = 16  # shapes, stages; the program used longest ago is dropped
 
 
@@ -144,7 +148,9 @@ def _split(
     gradients, products = list(output.args[0][:num_gradients]), list(output.args[0][num_gradients:])
     gradients = gradients if wants_gradient else []
     output.args = ([*gradients, *products],)
+    _merge_views(graph.graph)
     graph.graph.eliminate_dead_code()
+    gradients, products = list(output.args[0][: len(gradients)]), list(output.args[0][len(gradients) :])
     nodes = list(graph.graph.nodes)[:-1]
     placeholders = [node for node in nodes if node.op == "placeholder"]
     late = set(placeholders[num_fixed:])
@@ -165,6 +171,19 @@ def _split(
             rest[node] = after.node_copy(node, rest.__getitem__)
     after.output([rest[p] for p in products])
     return fx.GraphModule(graph, before), fx.GraphModule(graph, after)
+
+
+def _merge_views(graph: fx.Graph) -> None:
+    """Let equal views of one tensor be one node, and drop `detach`: all are aliases, so writes through them stay."""
+    seen: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in _VIEWS:
+            continue
+        key = (node.target, repr(node.args), repr(node.kwargs))  # a node's repr is its unique name
+        same = node.args[0] if node.target is torch.ops.aten.detach.default else seen.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
 
 
 def _placed(tensors: Sequence[Tensor], shown: Sequence[bool]) -> Cotangents:

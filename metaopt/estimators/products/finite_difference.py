@@ -21,6 +21,8 @@ class FiniteDifference(Product):
         epsilon: relative step; None for the cube root of the dtype's machine epsilon.
     """
 
+    exact = False
+
     def __init__(self, epsilon: float | None = None) -> None:
         if epsilon is not None and not epsilon > 0:
             raise ConfigError(f"FiniteDifference: epsilon={epsilon} must be above 0")
