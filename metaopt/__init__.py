@@ -77,6 +77,7 @@ _PUBLIC = {
     "WeightedLoss": "losses",
     "backward": "diagnostics.backward",
     "check_hypergradient": "diagnostics.check",
+    "explain_hypergradient": "diagnostics.explain",
     "grouped": "transforms",
     "hypergradient": "diagnostics.backward",
     "mixed_jacobian": "mixed",
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from metaopt.diagnostics.backward import backward as backward
     from metaopt.diagnostics.backward import hypergradient as hypergradient
     from metaopt.diagnostics.check import check_hypergradient as check_hypergradient
+    from metaopt.diagnostics.explain import explain_hypergradient as explain_hypergradient
     from metaopt.errors import ConfigError as ConfigError
     from metaopt.errors import MetaoptError as MetaoptError
     from metaopt.errors import MissingPathError as MissingPathError

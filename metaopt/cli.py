@@ -1,10 +1,14 @@
-"""The command `metaopt`: one run, in the order data flows."""
+"""The commands: `metaopt`, one run in the order data flows, and `metaopt-check`, its hypergradient beside differences.
+
+Torch takes seconds to import, and shell completion runs this module at every TAB: whatever needs it is imported late.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from metaopt.config import explained, prepare, with_facts
 from metaopt.errors import MetaoptError
 
+EXIT_CODES = {"agrees": 0, "differs": 2, "undecided": 3}  # of metaopt-check; 1: it could not be run
+
 
 def train(config: DictConfig, folder: str) -> float:
     """Build the parts, learn the meta-parameters, compare, report; return the selection metric.
@@ -22,17 +28,10 @@ def train(config: DictConfig, folder: str) -> float:
         config: as `metaopt.config.prepare` returns it.
         folder: where the run writes.
     """
-    from metaopt import build  # torch takes seconds to import, and shell completion runs this module at every TAB
     from metaopt.run import Run
 
     with Run(config, folder) as run:
-        data = build.build_data(config)
-        config = run.config = with_facts(config, data.facts)
-        chain = build.build_chain(config, data)
-        meta_params = build.build_meta_params(config)
-        objective = build.build_objective(config)
-        meta_optimizer = build.build_meta_optimizer(config, meta_params)
-        trainer = build.build_trainer(config, data, chain, objective, meta_params, meta_optimizer, [run.observe])
+        run.config, data, trainer = assemble(config, [run.observe])
 
         run.begin(data, trainer)
         run.warm_up()
@@ -43,24 +42,81 @@ def train(config: DictConfig, folder: str) -> float:
     return result.meta_loss if result.score is None else result.score
 
 
+def check(config: DictConfig, folder: str) -> str:
+    """Build the parts, warm up, compare the hypergradient with differences, report; return the verdict.
+
+    Args:
+        config: as `metaopt.config.prepare` returns it.
+        folder: where the check writes.
+    """
+    from metaopt.check_run import CheckRun
+
+    config, _, trainer = assemble(config)
+    run = CheckRun(config, folder, trainer)
+    run.warm_up()
+    result = run.check()
+    run.report(result)
+    return result.verdict
+
+
+def assemble(config: DictConfig, observers: Sequence[Callable[..., None]] = ()) -> tuple[DictConfig, Any, Any]:
+    """Return the config with the facts of its data, the data, and the trainer that holds everything else."""
+    from metaopt import build
+
+    data = build.build_data(config)
+    config = with_facts(config, data.facts)
+    chain = build.build_chain(config, data)
+    meta_params = build.build_meta_params(config)
+    objective = build.build_objective(config)
+    meta_optimizer = build.build_meta_optimizer(config, meta_params)
+    return config, data, build.build_trainer(config, data, chain, objective, meta_params, meta_optimizer, observers)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------
+
+
 @hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="config")
-def _hydra_main(composed: DictConfig) -> float:
-    job = HydraConfig.get()
-    overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
-    return train(prepare(composed, cast(list[str], overrides)), job.runtime.output_dir)
+def _train(composed: DictConfig) -> float:
+    return train(*_prepared(composed))
+
+
+_verdicts: list[str] = []  # of the jobs of this process; Hydra drops what they return
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="check")
+def _check(composed: DictConfig) -> None:
+    _verdicts.append(check(*_prepared(composed)))
 
 
 def main() -> None:
-    """Run the command: what metaopt or Hydra refuses is one message and exit code 1; a bug keeps its traceback."""
+    """Run `metaopt`."""
+    _run(_train)
+
+
+def check_main() -> None:
+    """Run `metaopt-check`; exit with the code of its verdict, of a sweep the worst."""
+    _run(_check)
+    found = [verdict for verdict in ("differs", "undecided") if verdict in _verdicts]
+    sys.exit(EXIT_CODES[found[0]] if found else 0)
+
+
+def _run(command: Callable[[], Any]) -> None:
+    """Run a command: what metaopt or Hydra refuses is one message and exit code 1; a bug keeps its traceback."""
     sys.path.append(os.getcwd())  # so that a class in the current folder can be named as a _target_
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every exception on instead of printing it
     try:
-        _hydra_main()
+        command()
     except (MetaoptError, HydraException) as error:
         if wants_traceback:
             raise
         sys.exit(explained(error))
+
+
+def _prepared(composed: DictConfig) -> tuple[DictConfig, str]:
+    job = HydraConfig.get()
+    overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
+    return prepare(composed, cast(list[str], overrides)), job.runtime.output_dir
 
 
 if __name__ == "__main__":

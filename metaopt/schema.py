@@ -76,6 +76,20 @@ class OutputSchema:
 
 
 @dataclass
+class CheckSchema:
+    """`check`: what `metaopt-check` compares."""
+
+    num_directions: int = at_least(0, 2)
+    coordinates: Literal["few"] | dict[str, list[int]] | None = "few"
+    steps: list[float] = field(default_factory=lambda: [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+    tolerance: float = at_least(0, 1e-4)
+    warmup_steps: int | None = at_least(0, None)
+    all_in_float64: bool = False
+    show_sweep: bool = True
+    seed: int = at_least(0, 0)
+
+
+@dataclass
 class LimitsSchema:
     """`limits`."""
 
@@ -96,12 +110,14 @@ class RunSchema:
     trainer: TrainerSchema
     final: FinalSchema
     output: OutputSchema
+    check: CheckSchema
     limits: LimitsSchema
     logger: Target | None = None
     facts: dict[str, Any] | None = None
     model: Any = None
     optimizer: Any = None
     estimator: Any = None
+    product: Any = None
     loss: Any = None
     handover: Any = None
 
@@ -112,6 +128,7 @@ SECTIONS: dict[str, type] = {
     "trainer": TrainerSchema,
     "final": FinalSchema,
     "output": OutputSchema,
+    "check": CheckSchema,
     "limits": LimitsSchema,
 }
 

@@ -86,6 +86,12 @@ class GumbelSamples(FromUpstream):
             raise ConfigError(f"GumbelSamples: temperature={temperature} must be above 0")
         self.temperature, self.straight_through, self.shift = temperature, straight_through, shift
 
+    @property
+    def biased_because(self) -> str | None:
+        """Why the gradient is an estimate, which `check_hypergradient` passes on; None where it is exact."""
+        reason = "GumbelSamples: the derivative of a straight-through sample is taken to be that of the soft one"
+        return reason if self.straight_through else None
+
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:

@@ -17,7 +17,8 @@ from metaopt.accumulation import mean_meta_loss
 from metaopt.chain import Chain, TrainedChain
 from metaopt.data.streams import BatchStream
 from metaopt.diagnostics.backward import backward, entries
-from metaopt.errors import ConfigError, NonFiniteError, did_you_mean
+from metaopt.diagnostics.explain import explained
+from metaopt.errors import ConfigError, MissingPathError, NonFiniteError, did_you_mean
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective
@@ -174,7 +175,10 @@ class MetaTrainer:
         record = {"meta_step": self.step + 1, "meta_loss": meta_loss.item()}
         if self.learns and self.meta_optimizer is not None:
             self.meta_optimizer.zero_grad()
-            grads = backward(meta_loss, self.meta_params)
+            try:
+                grads = backward(meta_loss, self.meta_params)
+            except MissingPathError as error:
+                raise explained(error, self.chain, self.objective, self.next_batch(), self.meta_params) from error
             self.meta_optimizer.step()
             record["hypergradient_norm"] = torch.cat([entries(g).flatten() for g in grads.values()]).norm().item()
         elif not bool(meta_loss.detach().isfinite()):

@@ -60,7 +60,7 @@ def test_the_number_of_config_files() -> None:
     assert groups == {
         "data": 4,
         "debug": 1,
-        "estimator": 2,
+        "estimator": 7,
         "experiment": 5,
         "final": 3,
         "handover": 8,
@@ -71,11 +71,12 @@ def test_the_number_of_config_files() -> None:
         "model": 12,
         "objective": 5,
         "optimizer": 13,
+        "product": 3,
         "schedule": 4,
         "stage": 3,
         "transform": 3,
     }
-    assert len(FILES) == sum(groups.values()) + 3  # config, reference, the help text
+    assert len(FILES) == sum(groups.values()) + 7  # config, check, fidelity, reference, the three help texts
 
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=str)
@@ -86,10 +87,11 @@ def test_every_option_composes(path: Path) -> None:
         "schedule": "schedule@stages.student.schedule",
         "transform": "transform@stages.student.transform",
     }.get(group, group)
+    beside = ["estimator=checkpointed"] if group == "product" else []
     if option in ("custom", "pretrained_bert2bert", "from_config", "pretrained", "text"):
         assert "is not set" in problems(f"{where}={option}")
     else:
-        with_facts(prepared(f"{where}={option}"), FACTS)
+        with_facts(prepared(f"{where}={option}", *beside), FACTS)
 
 
 def test_every_file_says_what_it_is() -> None:
@@ -342,3 +344,31 @@ def test_missing_facts_are_named() -> None:
 def test_facts_of_a_wrong_type_are_found() -> None:
     with pytest.raises(ConfigError, match=r"meta_params\.num_sources = 'eight': .* takes a whole number"):
         with_facts(prepared(), {**FACTS, "num_sources": "eight"})
+
+
+# --- estimators and their products ------------------------------------------------------------------------------
+
+
+def test_a_product_reaches_the_estimator_of_every_stage() -> None:
+    stages = prepared("estimator=checkpointed", "product=captured").stages
+    assert [s.estimator.product._target_ for s in stages.values()] == ["metaopt.Captured"] * 2
+
+
+def test_a_stage_may_have_an_estimator_and_a_product_of_its_own() -> None:
+    stages = prepared(
+        "estimator@stages.student.estimator=truncated",
+        "stages.student.estimator.last=3",
+        "product@stages.student.estimator.product=finite_difference",
+    ).stages
+    assert stages.teacher.estimator._target_ == "metaopt.Unrolled"
+    assert stages.student.estimator.last == 3
+    assert stages.student.estimator.product._target_ == "metaopt.FiniteDifference"
+
+
+@pytest.mark.parametrize("overrides", [["product=captured"], ["product=captured", "estimator=unrolled"]])
+def test_a_product_that_no_estimator_takes_is_refused(overrides: list[str]) -> None:
+    assert "no stage's estimator has one; write estimator=checkpointed" in problems(*overrides)
+
+
+def test_a_value_of_the_shared_product_counts_as_a_change() -> None:
+    assert "no stage's estimator has one" in problems("+product.epsilon=1e-3")

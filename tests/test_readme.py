@@ -47,3 +47,6 @@ def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight() ->
     assert any(not torch.equal(before[key], after[key]) for key in before), "commit carries on from the trained weights"
     exec(trainer, namespace)
     assert namespace["result"].meta_steps == 2
+    namespace["weights"].zero_grad()
+    exec(next(block for block in code_blocks() if "Checkpointed" in block), namespace)
+    assert bool((namespace["weights"].logits.grad != 0).all())

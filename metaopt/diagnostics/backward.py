@@ -72,8 +72,7 @@ def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Ten
 def _raise_missing(names: list[str], what: str) -> None:
     listed = ", ".join(repr(name) for name in names)
     raise MissingPathError(
-        f"meta-parameter {listed}: {what}, so there is no hypergradient. Usual cuts: no loss or objective reads it; "
-        "argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) between it and the loss; a student trained "
-        "on fixed data instead of upstream[...]. Compute what must carry gradient from `model`, `meta_params` and "
-        "`upstream` as the loss is handed them"
+        f"meta-parameter {listed}: {what}, so there is no hypergradient. No loss or objective reads it, or argmax, "
+        ".detach(), .item(), torch.no_grad() or torch.tensor(...) stands between it and the loss. At which line, says "
+        "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
     )

@@ -82,11 +82,14 @@ class Disk(Place):
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._folder = _Folder(folder)
+        self._parent = folder
+        self._present: Callable[[], _Folder | None] = lambda: None
 
     def put(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Write the tensors to a file."""
-        return _File(self._folder, tensors).read
+        folder = self._present() or _Folder(self._parent)
+        self._present = weakref.ref(folder)  # the files keep it
+        return _File(folder, tensors).read
 
 
 class _Folder:

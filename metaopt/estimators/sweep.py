@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
 from metaopt.errors import StageError
 from metaopt.estimators.places import Device, Place
@@ -63,6 +64,7 @@ class Sweep:
         self._plain = {name: model.detach() for name, model in upstream.items()}
         self._outputs = UpstreamOutputs(loop, self._plain)
         self._settings: Hashable = settings_of(loop, meta_params, self._plain)
+        self._versions = versions(loop.batches)
         keeps = product.uses_known_gradient
         self.tape = Tape(kept, place or Device(), loop, meta_params, self._outputs.recording(), first, keeps)
 
@@ -101,6 +103,7 @@ class Sweep:
                 steps.update(t, gradient)
                 losses.append(loss)
             self._outputs.end()
+        self._require_same_batches()
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
 
     @property
@@ -119,6 +122,13 @@ class Sweep:
                 f"{shapes}): their gradient would be lost here. Give them as meta-parameters, or use Unrolled()"
             )
 
+    def _require_same_batches(self) -> None:
+        if versions(self.loop.batches) != self._versions:
+            raise StageError(
+                f"stage {self.loop.name!r}: a batch was changed in place, by the loss or before the backward, and the "
+                "steps are run again on their batches; change a copy: tensor.clone()"
+            )
+
     # --- backward -----------------------------------------------------------------------------------------------
 
     def backward(self, cotangents: Mapping[str, Tensor], free: bool) -> tuple[Tensors, dict[Key, Tensor]]:
@@ -128,6 +138,7 @@ class Sweep:
             cotangents: of the trained weights.
             free: let go of each step once it is swept; there will be no second backward.
         """
+        self._require_same_batches()
         others: dict[Key, Tensor] = {}
         of_start = self.sweep_back(dict(cotangents), free, others)
         for key, cotangent in self._outputs.pull_back().items():
@@ -186,6 +197,11 @@ class Sweep:
         for name, cotangent in learned.items():
             add(others, (None, name), cotangent)
         return below, of_gradient
+
+
+def versions(tree: Any) -> list[int]:
+    """Return how often each tensor in a nested structure has been written to."""
+    return [x._version for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:

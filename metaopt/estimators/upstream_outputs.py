@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from metaopt.errors import StageError
 from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerLoop
+from metaopt.random_state import python_draws, seeded
 
 _WORDS = (bool, int, float, str, type(None))
 
@@ -36,13 +37,25 @@ class _Answer:
     spec: Any
     cotangents: dict[int, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._versions = self._present_versions()
+
+    def _present_versions(self) -> list[int]:
+        return [x._version for x in self.leaves if isinstance(x, Tensor)]
+
+    @property
+    def changed(self) -> bool:
+        """Whether a loss has written into it."""
+        return self._present_versions() != self._versions
+
 
 class UpstreamOutputs:
     """A memo of what upstream models answer to batches that more than one step of the stage uses.
 
     An answer is kept if the model is in eval mode, draws no random numbers, and is asked with tensors of the batch
-    itself. The steps' losses then have it as a constant; their cotangents of it are added up, and one backward
-    through the upstream model carries the sum on: `(Σ_t v_t) ∂o/∂θ` instead of `Σ_t v_t ∂o/∂θ`.
+    itself; and until a loss writes into it. The steps' losses then have it as a constant; their cotangents of it are
+    added up, and one backward through the upstream model carries the sum on: `(Σ_t v_t) ∂o/∂θ` instead of
+    `Σ_t v_t ∂o/∂θ`.
 
     Args:
         loop: the stage's.
@@ -54,7 +67,7 @@ class UpstreamOutputs:
         tensors = [{id(x) for x in pytree.tree_leaves(list(step)) if isinstance(x, Tensor)} for step in loop.batches]
         uses = Counter(key for step in tensors for key in step)
         self._shared = {key for key, count in uses.items() if count > 1}
-        self._answers: dict[Hashable, _Answer | None] = {}  # None: drew random numbers, so it is not kept
+        self._answers: dict[Hashable, _Answer | None] = {}  # None: not to be kept
         self._asked: dict[int, dict[str, list[_Answer | None]]] = {}
         self._now: dict[str, list[_Answer | None]] | None = None
 
@@ -77,12 +90,24 @@ class UpstreamOutputs:
     def end(self) -> None:
         """Note nothing any more: the steps are run again, to rebuild them."""
         self._now = None
+        for question in self._answers:
+            self._forget_if_changed(question)
+
+    def _forget_if_changed(self, question: Hashable) -> None:
+        answer = self._answers.get(question)
+        if answer is None or not answer.changed:
+            return
+        self._answers[question] = None
+        for asked in self._asked.values():
+            for stage, answers in asked.items():
+                asked[stage] = [None if a is answer else a for a in answers]
 
     def _ask(self, stage: str, params: Any, buffers: Any, training: bool, args: Any, kwargs: Any) -> Any:
         structure = self._upstream[stage].structure
         question = self._question(stage, training, args, kwargs)
         if question is not None and question not in self._answers:
             self._answers[question] = self._first_answer(stage, params, buffers, args, kwargs)
+        self._forget_if_changed(question)
         answer = None if question is None else self._answers[question]
         if self._now is not None:
             self._now[stage].append(answer)
@@ -98,11 +123,11 @@ class UpstreamOutputs:
         return stage, str(spec), tuple((id(x), x._version) if isinstance(x, Tensor) else x for x in asked)
 
     def _first_answer(self, stage: str, params: Any, buffers: Any, args: Any, kwargs: Any) -> _Answer | None:
-        before = _draws(self._loop.device)
-        with torch.no_grad():
+        with torch.no_grad(), seeded(0, self._loop.device):  # puts back the step's own random state
+            before = _draws(self._loop.device)
             out = self._upstream[stage].structure.call(params, buffers, False, args, kwargs)
-        if not torch.equal(_draws(self._loop.device), before):
-            return None
+            if _draws(self._loop.device) != before:
+                return None
         leaves, spec = pytree.tree_flatten(out)
         return _Answer(args, kwargs, [x if isinstance(x, (Tensor, *_WORDS)) else _NotKept(x) for x in leaves], spec)
 
@@ -184,5 +209,6 @@ def _floating(answer: _Answer) -> list[int]:
     return [j for j, x in enumerate(answer.leaves) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def _draws(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _draws(device: torch.device) -> tuple[Any, ...]:
+    of_torch = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return *(state.numpy().tobytes() for state in of_torch), *python_draws()

@@ -74,6 +74,13 @@ def test_a_meta_loss_without_a_graph_names_every_meta_parameter():
     assert weights.logits.grad is None
 
 
+def test_a_missing_path_tells_what_to_call():
+    weights = example_weights()
+    with pytest.raises(metaopt.MissingPathError) as raised:
+        metaopt.hypergradient(meta_loss(two_stages(), weights).detach(), weights)
+    assert "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))" in str(raised.value)
+
+
 def test_what_learns_nothing_has_no_hypergradient():
     uniform = metaopt.Uniform()
     assert metaopt.backward(meta_loss(one_stage(), uniform), uniform) == {}

@@ -1,4 +1,4 @@
-"""The check that users get: it agrees on right chains, catches wrong plug-ins, and says when it cannot tell."""
+"""The check that users get: it agrees on right chains, and catches wrong plug-ins."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import check, distilled, verdicts
 from small import (
     ADAM,
     MOMENTUM,
@@ -16,34 +17,16 @@ from small import (
     SIZE,
     assert_same,
     chain_state,
-    cross_entropy,
     example_weights,
     feature_batches,
     one_stage,
-    two_stages,
 )
 from small_models import Linear, Network
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.diagnostics.check import CheckResult, CheckRow
+from metaopt.diagnostics.check import num_runs
 from metaopt.estimators import Checkpointed, FiniteDifference
-
-
-def check(chain: metaopt.Chain, meta_params: Any = None, objective: Any = None, **options: Any) -> CheckResult:
-    weights = meta_params or example_weights()
-    objective = objective or metaopt.ValidationLoss(list(chain.stages)[-1])
-    return metaopt.check_hypergradient(chain, objective, feature_batches(1, seed=8)[0], weights, **options)
-
-
-def distilled(optimizer: Any) -> metaopt.Chain:
-    """Two stages with dropout; without batch norm, whose running statistics carry no graph."""
-    return two_stages(optimizer, Network(0.3), Network(0.3))
-
-
-def verdicts(result: CheckResult) -> list[str]:
-    return [row.verdict for row in result.rows]
-
 
 # --- right chains
 
@@ -115,6 +98,43 @@ def test_several_meta_parameters_have_a_row_each():
     result = check(one_stage(both), several)
     assert result.ok
     assert [row.meta_param for row in result.rows] == ["a.logits", "b.logits"]
+
+
+def test_every_run_is_counted_beforehand():
+    several = {"a": example_weights(), "b": example_weights(seed=1)}
+
+    def both(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        losses = F.cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
+        return (meta_params["a"](batch) * meta_params["b"](batch) * losses).mean()
+
+    calls: list[int] = []
+    options: dict[str, Any] = {"num_directions": 2, "coordinates": {"a.logits": [0]}, "steps": (1e-3, 1e-4)}
+    check(one_stage(both), several, on_run=lambda: calls.append(1), **options)
+    assert len(calls) == num_runs(several, **options)
+
+
+def test_an_objective_with_tensors_of_its_own_is_cast_too():
+    class Weighted(nn.Module):
+        of_class: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("of_class", torch.tensor([1.0, 2.0, 3.0]))
+
+        def forward(self, trained: Any, batch: Any, meta_params: Any) -> Tensor:
+            return F.cross_entropy(trained["only"](batch["inputs"]), batch["labels"], self.of_class)
+
+    objective = Weighted()
+    assert check(one_stage(), objective=objective).ok
+    assert objective.of_class.dtype == torch.float32
+
+    def closure(trained: Any, batch: Any, meta_params: Any) -> Tensor:
+        return objective(trained, batch, meta_params)
+
+    with pytest.raises(
+        metaopt.StageError, match=r"test_check\.py, line \d+: .*float64 copies.*nn\.Module with buffers"
+    ):
+        check(one_stage(), objective=closure)
 
 
 def test_an_entry_that_no_batch_holds_agrees_on_zero():
@@ -193,6 +213,90 @@ def test_wrong_plug_ins_are_caught(case):
     assert "differs" in str(result)
 
 
+class KeptTeacher(metaopt.Distillation):
+    """Learns from the teacher of the first call, for good."""
+
+    kept: Any = None
+
+    def __call__(self, model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        self.kept = self.kept or upstream["teacher"]
+        return super().__call__(model, batch, meta_params, {"teacher": self.kept})
+
+
+@pytest.mark.parametrize(
+    ("estimator", "found"),
+    [(metaopt.Unrolled(), "differs"), (Checkpointed(), "agrees")],
+    ids=["Unrolled", "Checkpointed"],
+)
+def test_what_a_plug_in_keeps_from_an_earlier_call_is_noticed(estimator, found):
+    """Checkpointed's backward takes the kept teacher for a constant, as the differences do: no row can tell."""
+    chain = distilled(MOMENTUM)
+    chain.stages["student"].loss, chain.stages["student"].estimator = KeptTeacher("teacher"), estimator
+
+    def of_both(trained: Any, batch: Any, meta_params: Any) -> Tensor:  # a path of A that is not cut
+        return sum(F.cross_entropy(model(batch["inputs"]), batch["labels"]) for model in trained.values())  # type: ignore[return-value]
+
+    result = check(chain, objective=of_both)
+    assert verdicts(result) == [found], str(result)
+    assert result.verdict == "differs"
+    assert result.keepers == ("student.loss (KeptTeacher)",)
+    assert "student.loss (KeptTeacher) keeps something from an earlier call" in str(result)
+
+
+def test_a_plug_in_that_keeps_what_does_not_change_is_no_suspect():
+    class Counting(metaopt.WeightedLoss):
+        calls = 0
+
+        def __call__(self, *given: Any) -> Tensor:
+            self.calls += 1
+            return super().__call__(*given)
+
+    loss = Counting()
+    result = check(one_stage(loss))
+    assert result.ok
+    assert result.keepers == ()
+    assert loss.calls == 0  # the user's own is left alone
+
+
+def test_random_numbers_from_a_generator_of_its_own_are_noticed():
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        noise = torch.rand((), generator=generator, dtype=torch.float64)
+        return metaopt.WeightedLoss()(model, batch, meta_params, upstream) * noise
+
+    result = check(one_stage(noisy))
+    assert not result.ok
+    assert "more than rounding in float64" in str(result)
+
+
+def test_an_update_in_place_is_an_error_or_differs():
+    class Decay(metaopt.WeightedLoss):
+        def __call__(self, model: Any, *given: Any) -> Tensor:
+            with torch.no_grad():
+                for param in model.params.values():
+                    param.mul_(0.9)
+            return super().__call__(model, *given)
+
+    with pytest.raises(metaopt.StageError, match=r"Decay.__call__ \(test_check\.py, line \d+\) updates in place what"):
+        check(one_stage(Decay()))
+    assert verdicts(check(one_stage(Decay(), estimator=Checkpointed()))) == ["differs"]
+
+
+def test_an_update_in_place_that_nothing_refuses_is_named():
+    def clip(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            for gradient in gradients.values():
+                gradient *= 0.1 / gradient.norm()
+        return gradients
+
+    result = check(one_stage(transform=clip))
+    assert verdicts(result) == ["differs"]
+    assert "clip (test_check.py, line" in str(result)
+    assert "updates in place" in str(result)
+    assert check(one_stage(transform=metaopt.ClipNorm(0.1))).ok
+
+
 def test_a_cut_path_is_an_error():
     def cut(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
         losses = F.cross_entropy(model(batch["inputs"]), batch["labels"], reduction="none")
@@ -200,94 +304,3 @@ def test_a_cut_path_is_an_error():
 
     with pytest.raises(metaopt.MissingPathError, match="'logits'"):
         check(one_stage(cut))
-
-
-# --- what it cannot tell
-
-
-def test_a_float32_operation_inside_leaves_it_undecided():
-    """The slope is right; the differences drown in the rounding of that one operation."""
-
-    def rounded(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
-        losses = F.cross_entropy(model(batch["inputs"]).float(), batch["labels"], reduction="none")
-        return (meta_params(batch).float() * losses).mean().double()
-
-    def objective(trained: Any, batch: Any, meta_params: Any) -> Tensor:
-        return F.cross_entropy(trained["only"](batch["inputs"]).float(), batch["labels"]).double()
-
-    result = check(one_stage(rounded), objective=objective, tolerance=1e-9)
-    assert verdicts(result) == ["undecided"], str(result)
-    assert not result.ok
-    assert "undecided: the difference is uncertain by" in str(result)
-    assert "float32 operation" in result.remarks[0]
-
-
-@pytest.mark.parametrize(
-    ("offset", "slope", "steps", "found"),
-    [(0.29e-6, 5.2e-3, [1e-3, 1e-4], 5e-3), (0.0, 1.2e-3, [1e-3, 1e-4, 1e-5], 0.0)],
-    ids=["equal", "zero"],
-)
-def test_two_differences_that_are_equal_by_a_fluke_leave_it_undecided(offset, slope, steps, found):
-    """A meta-loss in grains of 1e-6: the last two differences of the sweep agree, and are wrong."""
-    meta_params = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    nn.init.zeros_(meta_params.weight)
-
-    def in_grains(trained: Any, batch: Any, meta_params: Any) -> Tensor:
-        value = offset + slope * meta_params.weight.sum()
-        return value + ((value / 1e-6).round() * 1e-6 - value).detach()
-
-    result = check(one_stage(cross_entropy), meta_params, in_grains, steps=steps)
-    assert abs(result.rows[0].difference) == pytest.approx(found)
-    assert abs(result.rows[0].hypergradient) == pytest.approx(slope)
-    assert verdicts(result) == ["undecided"]
-
-
-def test_running_statistics_are_named_when_rows_differ():
-    """They carry no graph, so eval mode makes the pipeline depend on A in a way that no backward sees."""
-    result = check(two_stages(MOMENTUM, Network(batch_norm=True)))
-    assert not result.ok
-    assert "running statistics" in str(result)
-    assert "teacher.norm.running_mean" in str(result)
-
-
-def row(hypergradient: float, difference: float, uncertainty: float, tolerance: float = 1e-4) -> CheckRow:
-    return CheckRow("a", "random 1", hypergradient, difference, uncertainty, 1e-4, tolerance)
-
-
-def test_verdicts_and_errors():
-    assert row(1.0, 1.00005, 1e-9).verdict == "agrees"
-    assert row(1.0, 1.001, 1e-9).verdict == "differs"
-    assert row(1.0, 1.001, 1e-3).verdict == "undecided"
-    assert row(1.0, 1.5, 1e-3).verdict == "differs"  # uncertain, but not by that much
-    assert row(0.0, 0.0, 0.0).verdict == "agrees"
-    assert row(0.0, 1e-3, 1e-9).verdict == "differs"
-    assert row(2.0, 1.0, 0.0).error == 0.5
-    assert row(0.0, 0.0, 0.0).error == 0.0
-    some = CheckResult((row(1.0, 1.0, 1e-9), row(1.0, 1.001, 1e-3)), 1.0, {})
-    assert some.ok  # one agrees, none differs
-    assert not CheckResult((row(1.0, 1.001, 1e-3),), 1.0, {}).ok
-    assert not CheckResult((row(1.0, 1.0, 1e-9), row(1.0, 2.0, 1e-9)), 1.0, {}).ok
-
-
-def test_the_table_lines_up():
-    lines = str(check(one_stage(), coordinates={"logits": [0]})).splitlines()
-    assert lines[0].split("  ")[0] == "meta-parameter"
-    assert len(lines) == 4
-    assert len({len(line) for line in lines}) == 1
-    assert set(lines[1]) == {"-", " "}
-
-
-WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown name": ({"coordinates": {"logit": [0]}}, r"no meta-parameter 'logit' \(did you mean 'logits'"),
-    "an index too large": ({"coordinates": {"logits": [15]}}, r"'logits' has 15 entries, there is no 15"),
-    "a negative index": ({"coordinates": {"logits": [-1]}}, r"there is no -1"),
-    "a sweep of one step": ({"steps": [1e-4]}, r"a sweep needs two steps or more"),
-    "a step of zero": ({"steps": [1e-4, 0.0]}, r"all above 0"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_OPTIONS)
-def test_options_that_cannot_be_used_are_refused(case):
-    options, message = WRONG_OPTIONS[case]
-    with pytest.raises(metaopt.ConfigError, match=message):
-        check(one_stage(), **options)

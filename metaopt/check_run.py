@@ -1,0 +1,104 @@
+"""What `metaopt-check` does around the check: warm up, choose what to check, show, save."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.text import Text
+
+from metaopt import report
+from metaopt.chain import Chain
+from metaopt.config import as_yaml
+from metaopt.diagnostics.check import CheckResult, check_hypergradient, num_runs
+from metaopt.diagnostics.explain import explain_hypergradient, explained
+from metaopt.errors import ConfigError, MissingPathError
+from metaopt.meta_params import AnyMetaParameters, named_tensors
+from metaopt.run import FEW, WIDTH
+from metaopt.tracking import progress_bar, versions
+from metaopt.trainer import MetaTrainer
+
+
+class CheckRun:
+    """One check: its folder, its console, and the built parts.
+
+    Args:
+        config: the prepared config, with the facts of the data.
+        folder: where `config.yaml` and `check.json` go; made if it is not there.
+        trainer: of the run that would be started.
+    """
+
+    def __init__(self, config: DictConfig, folder: str | Path, trainer: MetaTrainer) -> None:
+        if not trainer.learns:
+            raise ConfigError(
+                "there is no hypergradient to check: these meta-parameters hold nothing to be learned; choose others, "
+                "such as meta_params=example_weights"
+            )
+        self.config, self.trainer, self.path = config, trainer, Path(folder)
+        self.console = Console(width=None if sys.stdout.isatty() else WIDTH)  # a log file has no width of its own
+        self._start = time.perf_counter()
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(as_yaml(config))
+        self.console.print(f"{trainer.chain!r}; writing to {self.path}")
+
+    def warm_up(self) -> None:
+        """Train each stage for `check.warmup_steps`, or its own `warmup_steps`, by plain optimizers."""
+        stages, given = self.config.stages, self.config.check.warmup_steps
+        steps = {str(n): stages[n].warmup_steps if given is None else given for n in self.config.chain}
+        if any(steps.values()):
+            with progress_bar(self.console, "warm-up", sum(steps.values())) as advance:
+                chain, meta_params = self.trainer.chain, self.trainer.meta_params
+                chain.train(meta_params, num_steps=steps, on_step=lambda name, step, loss: advance(name))
+
+    def check(self) -> CheckResult:
+        """Compare the hypergradient of the next meta-step with differences, with a progress bar."""
+        options, coordinates, steps = self.config.check, self._coordinates(), list(self.config.check.steps)
+        count = num_runs(self.trainer.meta_params, options.num_directions, coordinates, steps)
+        with progress_bar(self.console, "runs of the chain", count) as advance:
+            try:
+                return check_hypergradient(
+                    *self._parts,
+                    num_directions=options.num_directions,
+                    coordinates=coordinates,
+                    steps=steps,
+                    tolerance=options.tolerance,
+                    seed=options.seed,
+                    all_in_float64=options.all_in_float64,
+                    on_run=advance,
+                )
+            except MissingPathError as error:
+                raise explained(error, *self._parts) from error
+
+    @property
+    def _parts(self) -> tuple[Chain, Any, Any, AnyMetaParameters]:
+        """The chain, the objective, the batch and the meta-parameters of the next meta-step."""
+        return self.trainer.chain, self.trainer.objective, self.trainer.next_batch(), self.trainer.meta_params
+
+    def _coordinates(self) -> dict[str, list[int]]:
+        given = self.config.check.coordinates
+        if given == "few":
+            tensors = named_tensors(self.trainer.meta_params)
+            return {name: list(range(t.numel())) for name, t in tensors.items() if t.numel() <= FEW}
+        found: Any = {} if given is None else OmegaConf.to_container(given)
+        for name, indices in found.items():
+            if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
+                raise ConfigError(
+                    f"check.coordinates.{name} = {indices!r}: must be a list of flat indices: {{{name}: [0, 17]}}"
+                )
+        return found
+
+    def report(self, result: CheckResult) -> None:
+        """Show rows, sweep, remarks, where paths are cut if something differs, and the verdict; write `check.json`."""
+        report.print_check(self.console, result, sweep=self.config.check.show_sweep)
+        cuts = str(explain_hypergradient(*self._parts)) if result.verdict == "differs" else ""
+        if cuts:
+            self.console.print(Text(cuts))
+        report.print_verdict(self.console, result)
+        seconds = time.perf_counter() - self._start
+        more = {"cuts": cuts, "seconds": seconds, "seed": self.config.trainer.seed, "versions": versions()}
+        (self.path / "check.json").write_text(json.dumps({**result.as_dict(), **more}, indent=2) + "\n")

@@ -1,0 +1,204 @@
+"""Where the path of every meta-parameter runs, and where and why it is cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from metaopt.chain import Chain
+from metaopt.diagnostics.cuts import HAND_OVER, Cut, Source
+from metaopt.diagnostics.readings import META_LOSS, Reading, read_chain
+from metaopt.errors import MissingPathError
+from metaopt.meta_params import AnyMetaParameters, named_tensors
+from metaopt.objectives import MetaObjective
+
+Status = Literal["whole", "partly cut", "cut"]
+_MOST_ROUTES = 6
+
+
+@dataclass(frozen=True)
+class Path:
+    """The path of one meta-parameter to the meta-loss.
+
+    `routes` are the ways that it runs, each a tuple of stage names; () is the meta-objective reading it directly.
+    `cuts` are the operations at which it is lost, or a part of it; `remarks` say what else is missing.
+    """
+
+    meta_param: str
+    routes: tuple[tuple[str, ...], ...]
+    cuts: tuple[Cut, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def status(self) -> Status:
+        """`whole`, `partly cut` (some of what it acts through is not differentiated), or `cut`: no path at all."""
+        if not self.routes:
+            return "cut"
+        return "partly cut" if self.cuts or self.remarks else "whole"
+
+    def __str__(self) -> str:
+        return f"meta-parameter {self.meta_param!r}: {self.text}"
+
+    @property
+    def text(self) -> str:
+        """All but the name, as text."""
+        said = {"whole": "its path is whole", "partly cut": "its path is partly cut", "cut": "no path to the meta-loss"}
+        lines = []
+        if self.routes:
+            lines += ["runs through " + ", and ".join(" → ".join((*route, "meta-loss")) for route in self.routes)]
+        lost, only = ("partly lost", "also") if self.routes else ("lost", "only")
+        for (where, of), cuts in itertools.groupby(self.cuts, key=lambda cut: (cut.where, cut.of)):
+            lines += [f"{lost} in {where}, which has {_and(of)} {only} through"]
+            lines += ["  " + line for cut in cuts for line in str(cut).splitlines()]
+        return "\n  ".join([said[self.status], *lines, *self.remarks])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One `Path` per meta-parameter, and who reads whom; prints as text.
+
+    `readers` has reader → what it reads in the graph: stages and meta-parameters by name.
+    """
+
+    paths: tuple[Path, ...]
+    readers: dict[str, tuple[str, ...]]
+    failures: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The meta-parameters without any path."""
+        return tuple(path.meta_param for path in self.paths if path.status == "cut")
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is cut."""
+        return all(path.status == "whole" for path in self.paths) and not self.failures
+
+    def __getitem__(self, meta_param: str) -> Path:
+        return {path.meta_param: path for path in self.paths}[meta_param]
+
+    def __str__(self) -> str:
+        alike: dict[str, list[str]] = {}
+        for path in self.paths:
+            alike.setdefault(path.text, []).append(repr(path.meta_param))
+        said = [f"meta-parameter {', '.join(names)}: {text}" for text, names in alike.items()]
+        read = [f"{who} reads {', '.join(what) or 'nothing that is learned'}" for who, what in self.readers.items()]
+        return "\n".join([*said, "in the graph: " + "; ".join(read), *self.failures])
+
+
+def explain_hypergradient(
+    chain: Chain, objective: MetaObjective | Callable[..., Any], batch: Any, meta_params: AnyMetaParameters
+) -> Explanation:
+    """Tell where the path of every meta-parameter to the meta-loss runs, and at which lines of code it is cut.
+
+    A path runs from φ through stages to the meta-loss; each link is a part of `∂²L/∂θ∂φ`, of the learned initial
+    weights or hyperparameters, or of the meta-objective. The inner steps are run once, one after the other and
+    without an estimator, so the links are those of the losses themselves. Nothing is changed.
+
+    Args:
+        chain, objective, batch, meta_params: as in a meta-step.
+
+    Returns:
+        Prints as text; `paths` has the same as fields.
+    """
+    readings = read_chain(chain, objective, batch, meta_params)
+    paths = tuple(_path(name, readings) for name in named_tensors(meta_params))
+    readers: dict[Source, dict[str, None]] = {}
+    for reading in readings:
+        known = readers.setdefault(reading.reader, {})
+        known |= {_named(source): None for source in reading.edges if reading.joins(source)}
+    failures = tuple(reading.failure for reading in readings if reading.failure)
+    return Explanation(paths, {_named(reader): tuple(names) for reader, names in readers.items()}, failures)
+
+
+def explained(
+    error: MissingPathError, chain: Chain, objective: Any, batch: Any, meta_params: AnyMetaParameters
+) -> MissingPathError:
+    """Return the same error, which also says where every path is lost."""
+    return MissingPathError(f"{error}\n\n{explain_hypergradient(chain, objective, batch, meta_params)}")
+
+
+def _path(name: str, readings: Sequence[Reading]) -> Path:
+    start: Source = ("meta-parameter", name)
+    links = _links(readings)
+    routes = tuple(itertools.islice(_routes(start, links), _MOST_ROUTES))
+    reached = _reached(start, links)
+    cuts = [cut for reading in readings for cut in _cuts_of(reading, reached, links, bool(routes))]
+    remarks = [
+        _dead_end(source, readings)
+        for source in reached
+        if source != META_LOSS and not links.get(source) and not any(source in cut.of for cut in cuts)
+    ]
+    return Path(name, routes, tuple(dict.fromkeys(cuts)), tuple(remarks))
+
+
+def _links(readings: Sequence[Reading]) -> dict[Source, list[Source]]:
+    """Return source → its readers."""
+    links: dict[Source, list[Source]] = {}
+    for reading in readings:
+        for source in reading.edges:
+            if reading.joins(source) and reading.reader not in links.setdefault(source, []):
+                links[source].append(reading.reader)
+    return links
+
+
+def _routes(start: Source, links: Mapping[Source, Sequence[Source]]) -> Iterator[tuple[str, ...]]:
+    for reader in links.get(start, ()):
+        if reader == META_LOSS:
+            yield ()
+        else:
+            yield from ((reader[1], *rest) for rest in _routes(reader, links))
+
+
+def _reached(start: Source, links: Mapping[Source, Sequence[Source]]) -> list[Source]:
+    """Return the start and all that it has a path to, in the order of the chain."""
+    found, stack = {start: None}, [start]
+    while stack:
+        for reader in links.get(stack.pop(), ()):
+            if reader not in found:
+                found[reader] = None
+                stack.append(reader)
+    return list(found)
+
+
+def _cuts_of(
+    reading: Reading, reached: Sequence[Source], links: Mapping[Source, Sequence[Source]], exists: bool
+) -> Iterator[Cut]:
+    """Yield the cuts of one part that keep something from the meta-loss that a meta-parameter reaches."""
+    for cut in sorted(reading.cuts, key=lambda cut: (str(cut.key[1]), cut.operation.name)):
+        for source in cut.of:
+            joined = reading.reader in (source, *links.get(source, ()))
+            if source not in reached or (not exists and reading.reader in reached):
+                continue
+            by_design = cut.intended or cut.operation.kind == "choice" or cut.part == HAND_OVER
+            if exists and (META_LOSS not in _reached(reading.reader, links) or (joined and by_design)):
+                continue
+            yield cut
+            break
+
+
+def _dead_end(source: Source, readings: Sequence[Reading]) -> str:
+    touching = [reading for reading in readings if source in reading.touched and reading.reader != source]
+    if touching:
+        listed = ", ".join(_part(reading) for reading in touching)
+        return (
+            f"{_named(source)} is read in {listed}, but no gradient depends on it there; a new nn.Parameter(...) made "
+            "of it would be a cut that leaves no trace"
+        )
+    if source[0] == "stage":
+        return f"no later stage and no meta-objective reads {_named(source)}: take upstream[{source[1]!r}] in a loss"
+    return f"nothing of the chain and no meta-objective reads {_named(source)}"
+
+
+def _part(reading: Reading) -> str:
+    return reading.part if reading.stage is None else f"{reading.part} of stage {reading.stage!r}"
+
+
+def _named(source: Source) -> str:
+    return "the meta-loss" if source == META_LOSS else f"{source[0]} {source[1]!r}"
+
+
+def _and(sources: Any) -> str:
+    return " and ".join(map(_named, sorted(sources)))

@@ -1,0 +1,183 @@
+"""What a comparison of estimators has found: a row for each, remarks, and which to use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+EXACT_WITHIN = 1e-4  # casts to float32 inside a model may make so much, in an estimator that is exact
+NEAR = 0.99  # cosine from which an approximation is near
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a hypergradient g is from the exact g*: `g·g* / ‖g‖‖g*‖` and `‖g − g*‖ / ‖g*‖`, over all its entries."""
+
+    cosine: float
+    relative_error: float
+
+    @classmethod
+    def mean(cls, found: Iterable[Deviation]) -> Deviation:
+        """Return the mean over several points of a training."""
+        found = list(found)
+        cosine, error = (sum(values) / len(found) for values in zip(*map(dataclasses.astuple, found), strict=True))
+        return cls(cosine, error)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one hypergradient costs, in the dtype of the run.
+
+    `time` and `flops` are ratios to plain training of the same steps (`flops` None where that has none), `peak_bytes`
+    the most bytes of tensors held at once above what was there before.
+    """
+
+    seconds: float
+    time: float
+    peak_bytes: int
+    flops: float | None
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Time, peak and flops as shown."""
+        flops = "—" if self.flops is None else f"{self.flops:.2f}×"
+        return f"{self.time:.2f}×", f"{self.peak_bytes / 1e6:.2f} MB", flops
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """One estimator.
+
+    `estimator` is its repr, and `exact` what it says of itself; `in_float64` is its own deviation, `in_run` that with
+    the rounding of the run's dtype. `failure` says why the others are missing.
+    """
+
+    name: str
+    estimator: str
+    exact: bool = False
+    in_float64: Deviation | None = None
+    in_run: Deviation | None = None
+    cost: Cost | None = None
+    failure: str = ""
+
+    @property
+    def error(self) -> float:
+        """Relative error in the run's dtype."""
+        return float("nan") if self.in_run is None else self.in_run.relative_error
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is what it says."""
+        return self.exact and self.in_float64 is not None and self.in_float64.relative_error <= EXACT_WITHIN
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it points the way of the exact hypergradient, in float64 and in the run's dtype."""
+        return all(found is not None and found.cosine >= NEAR for found in (self.in_float64, self.in_run))
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row as shown."""
+        if self.in_float64 is None:
+            return self.name, "fails", *[""] * 5
+        deviation = f"{self.in_float64.cosine:.4f}", f"{self.in_float64.relative_error:.1e}"
+        in_run = "fails" if self.in_run is None else f"{self.in_run.relative_error:.1e}"
+        return self.name, *deviation, in_run, *([""] * 3 if self.cost is None else self.cost.cells)
+
+
+@dataclass(frozen=True)
+class FidelityResult:
+    """Estimators side by side; prints as a table, remarks, and which to use.
+
+    Args:
+        rows: one per estimator; the chain's own comes last.
+        plain: the cost of plain training of the same steps.
+        dtype: of the run, such as `float32`.
+        place: its device and threads.
+        num_steps: stage name → inner steps.
+        num_points: of the training, at which errors were measured.
+        num_runs: that were timed.
+        warnings: what estimators warned of.
+        biases: why the exact hypergradient itself is an estimate by design.
+    """
+
+    rows: tuple[FidelityRow, ...]
+    plain: Cost
+    dtype: str
+    place: str
+    num_steps: Mapping[str, int]
+    num_points: int
+    num_runs: int
+    warnings: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What was measured, and on what."""
+        steps = " + ".join(f"{n} {name}" for name, n in self.num_steps.items())
+        points = "one point" if self.num_points == 1 else f"{self.num_points} points"
+        return (
+            f"hypergradient through {steps} steps, at {points} of the training; costs: {self.dtype}, {self.place}, "
+            f"median of {self.num_runs} runs"
+        )
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table: headings, plain training, the rows."""
+        head = ("estimator", "cosine", "rel. error", f"in {self.dtype}", "time", "peak", "flops")
+        return [head, ("(plain training)", "", "", "", *self.plain.cells), *(row.cells for row in self.rows)]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the table alone does not say."""
+        found = [f"{row.name} fails: {row.failure}" for row in self.rows if row.failure]
+        found += self.warnings
+        for row in self.rows:
+            if row.exact and row.in_float64 is not None and not row.is_exact:
+                found.append(f"{row.name} says that it is exact, and differs from it: look in {row.estimator}")
+        if self.biases:
+            found.append(f"the exact hypergradient is itself an estimate by design: {'; '.join(self.biases)}")
+        return found
+
+    @property
+    def recommendation(self) -> list[str]:
+        """The cheapest of the exact estimators and of those that are near, one line each."""
+        known: set[str] = set()  # the chain's own, which comes last, may be one of those before it
+        rows = [r for r in self.rows if r.cost and not (r.failure or r.estimator in known or known.add(r.estimator))]
+        exact, near = [row for row in rows if row.is_exact], [row for row in rows if row.is_near]
+        picks: dict[str, list[str]] = {}
+        for what, among, cost in (
+            ("exact in the fewest bytes", exact, _bytes),
+            ("exact in the least time", exact, _time),
+            (f"cosine ≥ {NEAR} in the fewest bytes", near, _bytes),
+            (f"cosine ≥ {NEAR} in the least time", near, _time),
+        ):
+            if among:
+                picks.setdefault(_shown(min(among, key=cost)), []).append(what)
+        return [f"{', '.join(what)}: {pick}" for pick, what in picks.items()]
+
+    def __str__(self) -> str:
+        cells = self.cells
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self.title, *lines, *self.remarks, *self.recommendation])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, for a file."""
+        return {**dataclasses.asdict(self), "remarks": self.remarks, "recommendation": self.recommendation}
+
+
+def _bytes(row: FidelityRow) -> float:
+    return float("inf") if row.cost is None else row.cost.peak_bytes
+
+
+def _time(row: FidelityRow) -> float:
+    return float("inf") if row.cost is None else row.cost.time
+
+
+def _shown(row: FidelityRow) -> str:
+    time, peak, _ = row.cost.cells if row.cost else ("", "", "")
+    return f"{row.name} ({peak}, {time} the time of plain training, rel. error {row.error:.1e})"

@@ -1,0 +1,208 @@
+"""Where something first stops being finite: in a stage's training, or on the way back from the meta-loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metaopt
+from metaopt.chain import Chain, TrainedChain
+from metaopt.diagnostics.backward import entries
+from metaopt.errors import NonFiniteError
+from metaopt.estimators.products import DoubleBackward
+from metaopt.estimators.products.base import Loss, Pullback, Wanted, leaves, linearized
+from metaopt.estimators.stores import StepRecord
+from metaopt.estimators.sweep import Key, Sweep, add
+from metaopt.estimators.update_vjp import Below
+from metaopt.functional import FunctionalModel, Models, nodes
+from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream
+from metaopt.meta_params import AnyMetaParameters, named_tensors
+
+Tensors = dict[str, Tensor]
+Cotangents = dict[Key, Tensor]
+LOWER = "lower the inner learning rate, or clip: Stage(..., transform=metaopt.ClipNorm(1.0))"
+LOOK = "look for a root or norm at 0, a log of 0 or 0/0 in the loss"
+
+
+def first_in_training(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> str | None:
+    """Run a stage's steps once more, looking at each, and say what stops being finite first; None if nothing does."""
+    broken = _broken(named_tensors(meta_params))
+    if broken:
+        return f"meta-parameter {broken} is not finite before the first inner step; lower the meta-learning rate"
+    with torch.no_grad():
+        start = loop.start({name: loop.structure.params[name] for name in loop.rule.names}, meta_params, upstream)
+    if _broken(start):
+        return f"parameter {_broken(start)} is not finite before the first inner step"
+    models = Models({name: model.detach() for name, model in upstream.items()})
+    steps = PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
+    of_all = f"of {loop.total or loop.num_steps}"
+    for t in range(loop.num_steps):
+        where, largest = f"inner step {loop.offset + t} {of_all}", _largest(steps.weights())
+        loss, gradients = steps.gradient(t)
+        if not bool(loss.isfinite()):
+            return (
+                f"the inner loss is {loss.item()} at {where}, with finite weights of up to {largest:.3g}; where they "
+                f"grow, {LOWER}; otherwise {LOOK} or what is not finite in the batch"
+            )
+        if _broken(gradients):
+            return (
+                f"the inner gradient of {_broken(gradients)} is not finite at {where}, though the loss is "
+                f"{loss.item():.6g}; {LOOK}"
+            )
+        steps.update(t, gradients)
+        if _broken(steps.weights()):
+            taken = loop.offset + t + 1
+            return f"parameter {_broken(steps.weights())} is not finite after {taken} inner steps {of_all}; {LOWER}"
+    return None
+
+
+def locate_non_finite(
+    chain: Chain, meta_loss: Callable[[TrainedChain], Tensor], meta_params: AnyMetaParameters
+) -> str | None:
+    """Say where a hypergradient first stops being finite: in the meta-objective, or at a stage's inner step.
+
+    The stages are run again, and swept back step by step, by the exact product. The chain is not changed.
+
+    Args:
+        chain: in the state in which it was unrolled.
+        meta_loss: trained models → meta-loss, such as `lambda trained: objective(trained, batch, meta_params)`.
+        meta_params: as they were.
+
+    Returns:
+        What, in which stage, at which inner step, and the line of the loss if torch names it; None if all is finite.
+    """
+    with torch.no_grad():
+        trained = chain.unroll(meta_params)
+    models = Models({name: _with_leaves(model, chain.stages[name].rule.names) for name, model in trained.items()})
+    results = {name: dataclasses.replace(result, model=models[name]) for name, result in trained.results.items()}
+    cotangents: Cotangents = {}
+    found = _at_objective(meta_loss(TrainedChain(results, None)), models, meta_params, cotangents)
+    names = list(chain.stages)
+    for i in reversed(range(len(names))):
+        own = {name: cotangents.pop((names[i], name), None) for name in chain.stages[names[i]].rule.names}
+        if found or not any(c is not None for c in own.values()):
+            continue
+        upstream = Models({name: models[name] for name in names[:i]})
+        loop = chain.stages[names[i]].begin(names[i], upstream, {})
+        present = {name: c for name, c in own.items() if c is not None}
+        found = _through_stage(loop, meta_params, upstream, present, cotangents)
+    return found
+
+
+def located(
+    error: NonFiniteError, chain: Chain, meta_loss: Callable[[TrainedChain], Tensor], meta_params: AnyMetaParameters
+) -> NonFiniteError:
+    """Return the error of a backward with where it arose, if `locate_non_finite` finds it."""
+    where = locate_non_finite(chain, meta_loss, meta_params)
+    return NonFiniteError(f"{error}. It arises {where}") if where else error
+
+
+def _with_leaves(model: FunctionalModel, names: Sequence[str]) -> FunctionalModel:
+    return model.with_call(
+        model.structure.call, {n: p.detach().requires_grad_(n in names) for n, p in model.params.items()}
+    )
+
+
+def _at_objective(
+    meta_loss: Tensor, models: Models, meta_params: AnyMetaParameters, cotangents: Cotangents
+) -> str | None:
+    """Differentiate the meta-objective alone, by trained weights and meta-parameters."""
+    if not bool(meta_loss.isfinite()):
+        return f"in the meta-objective: it is {meta_loss.item()}, at trained weights that are finite; {LOOK}"
+    leaves: Cotangents = {(None, name): tensor for name, tensor in named_tensors(meta_params).items()}
+    leaves |= {(stage, n): p for stage, model in models.items() for n, p in model.params.items() if p.requires_grad}
+    gradients = torch.autograd.grad(meta_loss, list(leaves.values()), allow_unused=True)
+    cotangents |= {key: g for key, g in zip(leaves, gradients, strict=True) if g is not None}
+    broken = _broken({f"{stage}.{name}" if stage else name: g for (stage, name), g in cotangents.items()})
+    return f"in the meta-objective: its derivative by {broken} is not finite; {LOOK}" if broken else None
+
+
+def _through_stage(
+    loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream, above: Tensors, cotangents: Cotangents
+) -> str | None:
+    """Pull the cotangents of a stage's trained weights back through its steps, looking at each."""
+    sweep = Sweep(loop, meta_params, upstream, DoubleBackward())
+    start = loop.start({n: loop.structure.params[n] for n in loop.rule.names}, meta_params, upstream)
+    sweep.forward([start[name].detach() for name in loop.rule.names])
+    below = Below(above)
+    for t in reversed(range(loop.num_steps)):
+        record = sweep.rebuild(t, False)
+        last, below = below, sweep.step_back(t, record, below, cotangents)
+        if _broken(below.params) or _broken(below.state) or _broken(cotangents):
+            return f"in stage {loop.name!r}, at inner step {t} of {loop.num_steps}: {_half(sweep, t, record, last)}"
+    for key, cotangent in sweep._outputs.pull_back().items():
+        add(cotangents, key, cotangent)
+    learned = {name: p for name, p in start.items() if p.grad_fn is not None and name in below.params}
+    if learned:
+        heads, weights = list(learned.values()), [below.params[name] for name in learned]
+        leaves = list(named_tensors(meta_params).values())
+        gradients = torch.autograd.grad(heads, leaves, weights, allow_unused=True)
+        cotangents |= {(loop.name, f"initial {i}"): g for i, g in enumerate(gradients) if g is not None}
+    if _broken(cotangents):
+        return f"in stage {loop.name!r}, before its first inner step: in a learned start or an upstream model's output"
+    return None
+
+
+def _half(sweep: Sweep, t: int, record: StepRecord, above: Below) -> str:
+    """Say which half of a step has no finite derivative, and at which line if torch finds it."""
+    gradient, _ = sweep.linearize(t, record, Wanted())
+    raw = record.gradient or dict(zip(record.params, gradient, strict=True))
+    if _broken(sweep.update_back(t, record, raw, above, {})[1]):
+        return "the optimizer's own step, or the gradient transform, has no finite derivative there; raise its eps"
+    sweep.product = looking = _Looking()
+    sweep.step_back(t, record, above, {})
+    return f"the second derivative of the inner loss is not finite there{looking.line}; {LOOK}"
+
+
+class _Looking(DoubleBackward):
+    """Notes the line outside torch and metaopt whose second derivative is the first that is not finite."""
+
+    line = ""
+
+    def linearize(
+        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+    ) -> tuple[Any, Pullback]:
+        """Build the gradient with its graph, every node of which notes where it comes from."""
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it takes longer
+            with torch.autograd.set_detect_anomaly(True, check_nan=False):
+                at, beside = leaves(params), leaves(others)
+                gradients = torch.autograd.grad(loss(at, beside), at, create_graph=True, allow_unused=True)
+        for node in nodes(gradient for gradient in gradients if gradient is not None):
+            node.register_hook(functools.partial(self._look, node))
+        return gradients, lambda u: (linearized(gradients, u, at, True), linearized(gradients, u, beside))
+
+    def _look(self, node: Any, below: Sequence[Tensor | None], above: Sequence[Tensor | None]) -> None:
+        if not self.line and _broken(dict(enumerate(below))) and not _broken(dict(enumerate(above))):
+            self.line = _line_of(node)
+
+
+def _line_of(node: Any) -> str:
+    """Return the innermost line outside torch and metaopt that made a node, or the one that it differentiates."""
+    libraries = [str(Path(module.__file__ or "").parent) for module in (torch, metaopt)]
+    while node is not None:
+        traceback = "".join(node.metadata.get("traceback_", ()))
+        frames = re.findall(r'File "(.+?)", line (\d+), in .*\n +(.+)', traceback)
+        own = [frame for frame in frames if not any(frame[0].startswith(folder) for folder in libraries)]
+        node = node.metadata.get("parent_")
+        if node is None and own:
+            return f", at {own[-1][0]}:{own[-1][1]}: `{own[-1][2]}`"
+    return ""
+
+
+def _broken(tensors: Mapping[Any, Tensor | None]) -> str:
+    """Name the tensors that are not finite, or return an empty string."""
+    bad = [key for key, t in tensors.items() if t is not None and not bool(entries(t.detach()).isfinite().all())]
+    return ", ".join(repr(key) for key in bad[:3]) + (", …" if len(bad) > 3 else "")
+
+
+def _largest(tensors: Mapping[str, Tensor]) -> float:
+    return max((float(t.abs().max()) for t in tensors.values() if t.numel()), default=0.0)

@@ -1,0 +1,102 @@
+"""What a check must know of a user's operations: casts to a lower precision, which it can leave out, and updates in
+place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import metaopt
+
+LOWER = (torch.float32, torch.float16, torch.bfloat16)
+_SHORT_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_OPERATORS_IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
+_TORCH, _METAOPT = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, metaopt.__file__))
+
+
+class AllInFloat64(TorchFunctionMode):
+    """A context that leaves out the casts of float64 tensors to a lower precision inside models and losses.
+
+    Norms, attention scores and rotary positions of many models are computed in float32 whatever the model's dtype,
+    and no difference in float64 could resolve what that rounds away.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func in _SHORT_CASTS:
+                return args[0]
+            if func in (Tensor.to, Tensor.type_as):
+                args = tuple(a.double() if isinstance(a, Tensor) and a.dtype in LOWER else a for a in args)
+            args = tuple(torch.float64 if _is_lower(a) else a for a in args)
+            kwargs = {name: torch.float64 if _is_lower(a) else a for name, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+class Watch(TorchFunctionMode):
+    """A context that notes places in a user's code which a check must know of, once each, in the order of the run.
+
+    `casts`: where a float64 tensor of the graph is taken to a lower precision; `in_place`: where one is updated behind
+    the graph's back. Such as `LlamaRMSNorm.forward (modeling_llama.py, line 63)`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._casts: dict[str, None] = {}
+        self._in_place: dict[str, None] = {}
+
+    @property
+    def casts(self) -> tuple[str, ...]:
+        """Places of casts."""
+        return tuple(self._casts)
+
+    @property
+    def in_place(self) -> tuple[str, ...]:
+        """Places of in-place updates."""
+        return tuple(self._in_place)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if _is_in_place(func) and given and given[0].requires_grad and not torch.is_grad_enabled():
+            self._note(self._in_place, _METAOPT)  # torch's optimizers update in place, called from there
+        result = func(*args, **kwargs)
+        lower = isinstance(result, Tensor) and result.dtype in LOWER and result.requires_grad
+        if lower and any(a.dtype == torch.float64 for a in given):
+            self._note(self._casts)
+        return result
+
+    @staticmethod
+    def _note(places: dict[str, None], not_in: str = " ") -> None:
+        frame = _outside_torch(sys._getframe(2))
+        if frame is not None and not frame.f_code.co_filename.startswith(not_in):
+            places.setdefault(_described(frame))
+
+
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in _OPERATORS_IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+
+
+def _is_lower(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in LOWER
+
+
+def _outside_torch(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost call outside torch."""
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        frame = frame.f_back
+    return frame
+
+
+def _described(frame: FrameType) -> str:
+    code, owner = frame.f_code, frame.f_locals.get("self")
+    function = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
+    return f"{function} ({Path(code.co_filename).name}, line {frame.f_lineno})"
