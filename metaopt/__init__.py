@@ -49,6 +49,7 @@ _PUBLIC = {
     "LearnedHyperparameters": "learned",
     "LabelSmoothing": "losses",
     "load_meta_params": "tracking",
+    "locate_non_finite": "diagnostics.non_finite",
     "MetaObjective": "objectives",
     "MetaParameters": "meta_params",
     "MetaTrainer": "trainer",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from metaopt.diagnostics.backward import hypergradient as hypergradient
     from metaopt.diagnostics.check import check_hypergradient as check_hypergradient
     from metaopt.diagnostics.explain import explain_hypergradient as explain_hypergradient
+    from metaopt.diagnostics.non_finite import locate_non_finite as locate_non_finite
     from metaopt.errors import ConfigError as ConfigError
     from metaopt.errors import MetaoptError as MetaoptError
     from metaopt.errors import MissingPathError as MissingPathError

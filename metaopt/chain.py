@@ -188,7 +188,7 @@ class Chain:
         for start in range(0, max(steps, 1), _CHUNK):
             count = min(_CHUNK, steps - start)
             batches = written[start * stage.accumulate :][: count * stage.accumulate] if written is not None else None
-            loop = stage.begin(name, models, owners, count, batches, offset=start)
+            loop = stage.begin(name, models, owners, count, batches, offset=start, total=steps)
             counted = None if on_step is None else lambda n, t, loss, s=start: on_step(n, s + t, loss)
             result = loop.run_without_graph(meta_params, models, counted)
             stage.commit(result)
@@ -215,7 +215,7 @@ class Chain:
     def move(self, batch: Any) -> Any:
         """Return a batch on the chain's device, its floating tensors in the chain's dtype."""
         last = next(reversed(self.stages.values()))
-        return move(batch, next(last.model.parameters()))
+        return move(batch, last.like)
 
     def _owners_apart_from(self, meta_params: AnyMetaParameters) -> dict[int, str]:
         """Return `id` → name of every stage's own parameters, after checking that none is a meta-parameter."""

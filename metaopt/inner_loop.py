@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt.errors import NonFiniteError, StageError
 from metaopt.functional import Call, FunctionalModel, InnerModel, Models, ModelStructure, foreign_parameters
+from metaopt.guards import naming_inference_tensors, refuse_recomputation, refuse_single_derivative
 from metaopt.losses import InnerLoss, require_scalar
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.optimizers import State, UpdateRule
@@ -27,6 +28,7 @@ Tensors = dict[str, Tensor]
 Upstream = Mapping[str, FunctionalModel]
 LossFunction = Callable[[Any, Any, AnyMetaParameters, Upstream], Tensor]
 Transform = Callable[[Tensors], Tensors]
+_LOOK_EVERY = 16  # steps between two looks at the losses on an accelerator
 
 
 @dataclass
@@ -55,6 +57,7 @@ class InnerLoop:
         initial: meta-parameters, upstream → learned initial weights by name.
         first_step: inner steps that the stage has taken before; a loss reads `model.step`.
         first_of_training: False for the later parts of a training that is run in parts: `initial` is over by then.
+        offset, total: steps of the training before these and in all, where it is run in parts; for messages.
         owners: `id` → name of every parameter of the chain's own modules.
         beside: what the loss has read that differs from step to step and is no tensor.
     """
@@ -72,8 +75,11 @@ class InnerLoop:
     initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None
     first_of_training: bool = True
     first_step: int = 0
+    offset: int = 0
+    total: int | None = None
     owners: Mapping[int, str] = field(default_factory=dict)
     beside: set[str] = field(default_factory=set)
+    _read: tuple[AnyMetaParameters, Upstream] | None = field(default=None, init=False, repr=False)
 
     @property
     def num_steps(self) -> int:
@@ -82,12 +88,13 @@ class InnerLoop:
 
     @functools.cached_property
     def frozen(self) -> Tensors:
-        """Return copies of the parameters that no step changes."""
-        trained = set(self.rule.names)
-        return {n: p.detach().clone() for n, p in self.structure.params.items() if n not in trained}
+        """Return copies of the parameters that no step changes; of a kind of their own (quantised), themselves."""
+        others = {n: p for n, p in self.structure.params.items() if n not in self.rule.names}
+        return {n: p.detach().clone() if type(p) is nn.Parameter else p for n, p in others.items()}
 
     def start(self, own: Mapping[str, Tensor], meta_params: AnyMetaParameters, upstream: Upstream) -> Tensors:
         """Return the trained parameters before step 0: `own`, but for those that `initial` gives."""
+        self._read = meta_params, upstream  # to look again, if something stops being finite
         params = dict(own)
         if self.initial is None or not self.first_of_training:
             return params
@@ -123,7 +130,7 @@ class InnerLoop:
         moved = dict(own)
         model = InnerModel(self.structure, params, moved, training=True, call=call)
         model.read_step = functools.partial(self._read_step, t)
-        with seeded(self.seeds[t], self.device), self.casting():
+        with naming_inference_tensors(self.name), seeded(self.seeds[t], self.device), self.casting():
             drawn = python_draws()
             losses = [
                 require_scalar(self.loss(model, batch, meta_params, upstream), f"the loss of stage {self.name!r}")
@@ -132,7 +139,9 @@ class InnerLoop:
             if python_draws() != drawn:
                 self.beside.add("random numbers of Python or numpy")
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        return loss, {n: buffers[n] if b is own[n] and b._version == 0 else b for n, b in moved.items()}
+        still = {n for n, b in moved.items() if b is own[n] and b._version == 0 and not b.is_floating_point()}
+        # The version says nothing of floating ones: batch norm's kernel moves its statistics without a new one.
+        return loss, {n: buffers[n] if n in still else b for n, b in moved.items()}
 
     def _read_step(self, t: int) -> int:
         self.beside.add("model.step")
@@ -156,6 +165,7 @@ class InnerLoop:
 
     def check_graph(self, loss: Tensor) -> None:
         """Raise if the first step's loss runs through a module's own weights instead of the copies in training."""
+        refuse_recomputation(loss, self.name)
         foreign = foreign_parameters(loss, self.owners)
         if foreign:
             shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
@@ -165,28 +175,32 @@ class InnerLoop:
             )
 
     def check_gradients(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Raise if the first step's loss depends on none of the trained parameters."""
+        """Raise if the first step's loss depends on none of the trained parameters, or has no second derivative."""
+        refuse_single_derivative(gradients, self.name)
         if all(g is None for g in gradients.values()):
             raise StageError(
                 f"the loss of stage {self.name!r} depends on none of the {len(gradients)} parameters that it trains; "
                 "call the `model` that the loss is handed"
             )
 
+    def watch(self, losses: Sequence[Tensor]) -> None:
+        """Stop at a loss that is not finite; an accelerator is asked every few steps, since asking waits for it."""
+        every = 1 if self.device.type == "cpu" else _LOOK_EVERY
+        if len(losses) % every == 0:
+            self._require_finite({"an inner loss": torch.stack([loss.detach() for loss in losses[-every:]])})
+
+    def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        broken = [name for name, tensor in tensors.items() if not bool(tensor.detach().isfinite().all())]
+        if broken:
+            from metaopt.diagnostics.non_finite import first_in_training  # which runs this loop
+
+            first = None if self._read is None else first_in_training(self, *self._read)
+            raise NonFiniteError(f"stage {self.name!r}: {first or f'{broken[0]} is not finite'}")
+
     def finish(self, params: Tensors, buffers: Tensors, state: State, losses: Sequence[Tensor]) -> InnerResult:
         """Check that every inner loss and weight is finite, and wrap up the trained model."""
         values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
-        if not bool(values.isfinite().all()):
-            t = int((~values.isfinite()).nonzero()[0])
-            raise NonFiniteError(
-                f"stage {self.name!r}: the inner loss is {values[t].item()} at inner step {t} of {self.num_steps}; "
-                "lower the inner learning rate, or clip: Stage(..., transform=...)"
-            )
-        for name, param in params.items():
-            if not bool(param.detach().isfinite().all()):
-                raise NonFiniteError(
-                    f"stage {self.name!r}: parameter {name!r} is not finite after {self.num_steps} inner steps; lower "
-                    "the inner learning rate"
-                )
+        self._require_finite({"an inner loss": values, **{f"parameter {name!r}": p for name, p in params.items()}})
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
         model = FunctionalModel(self.structure, {**self.frozen, **params}, buffers, optimizer_state=detached)
         return InnerResult(model, values, self.num_steps)
@@ -210,6 +224,7 @@ class InnerLoop:
                 self.check_gradients(gradients)
             steps.update(t, gradients)
             losses.append(loss)
+            self.watch(losses)
             if on_step is not None:
                 on_step(self.name, t, loss)
         return self.finish(steps.weights(), steps.buffers, steps.state(), losses)

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from metaopt.data.streams import BatchStream
 from metaopt.errors import ConfigError, StageError
 from metaopt.estimators import Estimator, Unrolled
-from metaopt.functional import ModelStructure, refuse_unsupported
+from metaopt.functional import ModelStructure
+from metaopt.guards import refuse_unsupported, refuse_unusable
 from metaopt.handover import HandOver
 from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, Upstream
 from metaopt.learned import FromMeta
 from metaopt.losses import InnerLoss
-from metaopt.meta_params import AnyMetaParameters
+from metaopt.meta_params import AnyMetaParameters, as_named
 from metaopt.optimizers import Schedule, UpdateRule, make_optimizer, per_element
 from metaopt.random_state import derived_seed, draw_seed, seeded
 
@@ -90,9 +90,7 @@ class Stage:
         self._steps, self._schedule_steps, self._resets = 0, 0, 0
         self._factory = None if isinstance(model, nn.Module) else model
         self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model()
-        lazy = [name for name, p in self.model.named_parameters() if isinstance(p, UninitializedParameter)]
-        if lazy:
-            raise ConfigError(f"Stage: parameter {lazy[0]!r} has no shape yet; run one batch through the model first")
+        refuse_unusable(self.model, "Stage")
         self.structure = ModelStructure(self.model)
         self.optimizer = make_optimizer(optimizer, self.model)
         self.rule = UpdateRule(self.optimizer, self.structure.params)
@@ -116,6 +114,7 @@ class Stage:
         num_steps: int | None = None,
         batches: list[Any] | None = None,
         offset: int = 0,
+        total: int | None = None,
     ) -> InnerLoop:
         """Fix the batches, the random state and the starting point of the next `num_steps` inner steps.
 
@@ -126,13 +125,14 @@ class Stage:
             num_steps: the stage's own if None.
             batches: drawn from the stage's data if None.
             offset: steps that this training has taken before, when it is run in parts.
+            total: its steps in all, when it is run in parts.
         """
         refuse_unsupported(self.model, name)
         self._refuse_late_freezing(name)
         steps = self.num_steps if num_steps is None else num_steps
         if batches is None:
             batches = self.draw_batches(upstream, steps)
-        like = next(iter(self.structure.params.values()))
+        like = self.like
         batches = [move(batch, like) for batch in batches]
         micro = [batches[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
         scheduled = self._schedule_steps  # as it is now: a sweep may ask after a commit
@@ -148,10 +148,17 @@ class Stage:
             autocast=self.autocast,
             hyperparameters=lambda t, meta_params: self._hyperparameters(scheduled + t, offset + t, meta_params),
             first_of_training=offset == 0,
+            offset=offset,
+            total=total,
             first_step=self._schedule_steps,
             initial=self.initial,
             owners=owners,
         )
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter whose device and dtype the batches take: a floating one, beside which there may be quantised."""
+        return next(p for p in self.structure.params.values() if p.is_floating_point() or p.is_complex())
 
     @property
     def written_once(self) -> bool:
@@ -165,8 +172,7 @@ class Stage:
             return []
         if self._stream is not None and not isinstance(self._source, HandOver):
             return self._stream.peek(count)
-        device = next(iter(self.structure.params.values())).device
-        with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES), device):
+        with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES), self.like.device):
             if isinstance(self._source, HandOver):
                 assert self._stream is not None
                 written = list(self._source.write(upstream, self._stream.peek(count)))
@@ -201,6 +207,8 @@ class Stage:
 
     def check_meta_params(self, meta_params: AnyMetaParameters) -> None:
         """Raise if a slot reads meta-parameters that this stage cannot use; before any training."""
+        for prefix, module in as_named(meta_params).items():
+            refuse_unusable(module, f"meta-parameters {prefix!r}" if prefix else "meta-parameters")
         for slot in (self.overrides, self.initial):
             if isinstance(slot, FromMeta):
                 slot.check(self, meta_params)
@@ -301,9 +309,11 @@ class Stage:
 
 
 def move(batch: Any, like: Tensor) -> Any:
-    """Return the batch on the device of `like`, its floating tensors in the dtype of `like`."""
+    """Return the batch on the device of `like`, its floating tensors in the dtype of `like`, fit for a graph."""
     if isinstance(batch, Tensor):
-        return batch.to(like.device, like.dtype if batch.is_floating_point() else batch.dtype)
+        floating = batch.is_floating_point() and like.is_floating_point()
+        moved = batch.to(like.device, like.dtype if floating else batch.dtype)
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(batch, Mapping):
         return {key: move(value, like) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

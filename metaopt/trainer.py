@@ -18,6 +18,7 @@ from metaopt.chain import Chain, TrainedChain
 from metaopt.data.streams import BatchStream
 from metaopt.diagnostics.backward import backward, entries
 from metaopt.diagnostics.explain import explained
+from metaopt.diagnostics.non_finite import located
 from metaopt.errors import ConfigError, MissingPathError, NonFiniteError, did_you_mean
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
@@ -169,8 +170,7 @@ class MetaTrainer:
             NonFiniteError, MissingPathError: before the meta-parameters move.
         """
         trained = self.chain.unroll(self.meta_params)
-        with seeded(derived_seed(self.seed, self.step)):
-            meta_loss = self._meta_loss(trained)
+        meta_loss = self._meta_loss(trained)
         meta_loss = require_scalar(meta_loss, f"the meta-objective {type(self.objective).__name__}", needs_graph=False)
         record = {"meta_step": self.step + 1, "meta_loss": meta_loss.item()}
         if self.learns and self.meta_optimizer is not None:
@@ -179,6 +179,8 @@ class MetaTrainer:
                 grads = backward(meta_loss, self.meta_params)
             except MissingPathError as error:
                 raise explained(error, self.chain, self.objective, self.next_batch(), self.meta_params) from error
+            except NonFiniteError as error:
+                raise located(error, self.chain, self._meta_loss, self.meta_params) from error
             self.meta_optimizer.step()
             record["hypergradient_norm"] = torch.cat([entries(g).flatten() for g in grads.values()]).norm().item()
         elif not bool(meta_loss.detach().isfinite()):
@@ -194,10 +196,11 @@ class MetaTrainer:
         return self.selection is not None and (step % self.selection.every == 0 or step == meta_steps)
 
     def _meta_loss(self, trained: TrainedChain) -> Tensor:
-        if self.validation_batches == 1:
-            return self.objective(trained, self.next_batch(), self.meta_params)
-        batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
-        return mean_meta_loss(self.objective, trained, batches, self.meta_params)
+        with seeded(derived_seed(self.seed, self.step)):
+            if self.validation_batches == 1:
+                return self.objective(trained, self.next_batch(), self.meta_params)
+            batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
+            return mean_meta_loss(self.objective, trained, batches, self.meta_params)
 
     def _meta_state(self) -> dict[str, Any]:
         return {name: copy.deepcopy(module.state_dict()) for name, module in as_named(self.meta_params).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,19 @@ from networks import bert2bert
 from small import (
     assert_same,
     example_weights,
+    meta_loss,
     module_state,
     one_stage,
     two_stages,
 )
 from small_models import Linear, Network, Recomputing
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.prune import l1_unstructured
+from torch.utils.checkpoint import checkpoint
 
 import metaopt
-from metaopt.estimators import Checkpointed, Unrolled
+from metaopt.estimators import Checkpointed, FiniteDifference, Unrolled
 
 # --- refused: modules whose second derivative would be wrong
 
@@ -51,12 +56,80 @@ def old_weight_norm() -> nn.Module:
     return model
 
 
+def compiled_forward() -> nn.Module:
+    model = Linear()
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def old_spectral_norm() -> nn.Module:
+    model = Linear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.spectral_norm(model.linear)
+    return model
+
+
+def pruned() -> nn.Module:
+    model = Linear()
+    l1_unstructured(model.linear, "weight", amount=0.3)
+    return model
+
+
+def normed(change: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+    """A linear layer changed in place."""
+
+    def build() -> nn.Module:
+        model = Linear()
+        change(model.linear)
+        return model
+
+    return build
+
+
+def embedding(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Embedding(4, 3, **options))
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Stands for torch's, which cannot be built without a process group: it is known by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear()
+
+
+def sharded_parameter() -> nn.Module:
+    model = Linear()
+    model.linear.weight.placements = ()  # type: ignore[assignment]
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gradient checkpointing": (checkpointing, r"'encoder.*_checkpointing_disable\(\)"),
-    "DataParallel": (lambda: nn.DataParallel(Linear()), r"'\(top\)' \(DataParallel\).*`\.module`"),
+    "DataParallel": (lambda: nn.DataParallel(Linear()), r"'\(top\)' \(DataParallel\).*: `\.module`"),
+    "DataParallel inside": (lambda: nn.Sequential(nn.DataParallel(Linear())), r"'0' \(DataParallel\).*: `\.module`"),
+    "FSDP": (FullyShardedDataParallel, r"spread over processes.*the plain module"),
+    "DTensor": (sharded_parameter, r"parameter 'linear\.weight' is spread over processes"),
     "torch.compile": (lambda: torch.compile(Linear()), r"torch\.compile.*`\._orig_mod`"),  # type: ignore[dict-item, return-value]
-    "compiled in place": (compiled_in_place, "compiled in place"),
+    "compiled in place": (compiled_in_place, "compiled in place.*an uncompiled module"),
+    "a compiled forward": (compiled_forward, "compiled in place.*an uncompiled module"),
+    "torch.jit": (lambda: torch.jit.script(Linear()), r"torch\.jit.*the Python module"),
     "old weight norm": (old_weight_norm, r"parametrizations\.weight_norm"),
+    "old spectral norm": (old_spectral_norm, r"outlives the swap"),
+    "spectral norm": (normed(nn.utils.parametrizations.spectral_norm), r"power iteration.*torch\.linalg\.matrix_norm"),
+    "pruning": (pruned, r"torch\.nn\.utils\.prune\.remove\(module, name\)"),
+    "sparse gradients": (embedding(sparse=True), r"'0' \(Embedding\) makes sparse gradients.*sparse=False"),
+    "max_norm": (embedding(max_norm=1.0), "in place and without a graph.*max_norm=None"),
+    "a backward hook": (
+        normed(lambda layer: layer.register_full_backward_hook(lambda *_: None)),
+        r"backward hook.*Stage\(\.\.\., transform=",
+    ),
+    "a gradient hook": (
+        normed(lambda layer: layer.weight.register_hook(lambda gradient: 2 * gradient)),  # type: ignore[operator, union-attr]
+        r"'linear\.weight' has a gradient hook.*Stage\(\.\.\., transform=",
+    ),
+    "complex weights": (lambda: nn.Linear(4, 3, dtype=torch.complex128), r"'weight' is complex.*torch\.complex"),
 }
 
 
@@ -69,6 +142,78 @@ def test_modules_that_cannot_be_differentiated_twice_are_refused(name, run):
     with pytest.raises(metaopt.StageError, match=message) as error:
         getattr(chain, run)(example_weights())
     assert "stage 'only'" in str(error.value)
+
+
+def test_a_frozen_spectral_norm_is_not_refused():
+    model = Network()
+    nn.utils.parametrizations.spectral_norm(model.first)
+    model.first.requires_grad_(False)
+    trained = one_stage(model=model).unroll(example_weights())["only"]
+    assert not torch.equal(trained.params["last.weight"], model.last.weight)
+
+
+class Once(torch.autograd.Function):
+    """A hyperbolic tangent that says it has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs)
+        return inputs.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradients[0] * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+def through_once(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+    return (meta_params(batch)[:, None] * Once.apply(model(batch["inputs"]))).square().mean()
+
+
+def test_a_function_of_one_derivative_is_refused():
+    """`autograd.grad` walks past it in silence."""
+    with pytest.raises(metaopt.StageError, match=r"stage 'only': .*@once_differentiable.*FiniteDifference\(\)"):
+        one_stage(through_once).unroll(example_weights())
+
+
+def test_a_function_of_one_derivative_is_supported_where_one_is_enough():
+    def twice(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        return (meta_params(batch)[:, None] * model(batch["inputs"]).tanh()).square().mean()
+
+    weights = example_weights()
+    product = Checkpointed(product=FiniteDifference())
+    found, exact = (
+        metaopt.hypergradient(meta_loss(one_stage(loss, estimator=estimator), weights), weights)["logits"]
+        for loss, estimator in ((through_once, product), (twice, Unrolled()))
+    )
+    assert (found - exact).norm() < 1e-8 * exact.norm()
+    one_stage(through_once).train(weights)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_a_compiled_loss_is_refused():
+    error = torch.compile(lambda scores: scores.square().mean(1), backend="aot_eager")
+
+    def compiled(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        return (meta_params(batch) * error(model(batch["inputs"]))).mean()
+
+    with pytest.raises(metaopt.StageError, match=r"torch\.compile: give the stage the uncompiled one"):
+        one_stage(compiled).unroll(example_weights())
+
+
+class Reentrant(Network):
+    """Recomputes its first layer by the older checkpointing, which `autograd.grad` does not see through."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = checkpoint(lambda x: self.first(x).tanh(), inputs.clone().requires_grad_(), use_reentrant=True)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+@pytest.mark.parametrize("run", ["unroll", "train"])
+def test_reentrant_checkpointing_is_refused(run, estimator):
+    with pytest.raises(metaopt.StageError, match=r"stage 'only': .*torch\.utils\.checkpoint"):
+        getattr(one_stage(model=Reentrant(), estimator=estimator), run)(example_weights())
 
 
 # --- refused: losses that train something else

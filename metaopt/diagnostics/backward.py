@@ -38,7 +38,7 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
         raise NonFiniteError(
             f"the hypergradient of {', '.join(map(repr, broken))} is not finite though the meta-loss is "
             f"{meta_loss.detach().item():.6g}: look for a division by zero or a root at zero in a loss, or lower the "
-            "inner learning rate. No meta-parameter was changed"
+            "inner learning rate. metaopt.locate_non_finite(...) says where it arises. No meta-parameter was changed"
         )
     return found
 

@@ -122,7 +122,7 @@ NUMBERS = {
     "__index__": "int(...)",
     "__complex__": "complex(...)",
 }
-FLAT = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "normal", "floor_divide", "__floordiv__"}
+_FLAT = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "normal", "floor_divide", "__floordiv__"}
 _CASTS = {"to", "type", "type_as", "long", "int", "short", "byte", "char"}
 _COMPARISONS = {"eq": "==", "ne": "!=", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "bool": ".bool()"}
 _COMPARISONS |= {
@@ -135,10 +135,18 @@ _COMPARISONS |= {
 _CHOOSING = {"max", "min", "topk", "sort", "argsort", "nonzero", "where", "unique", "searchsorted", "bucketize"}
 
 
+def is_flat(name: str) -> bool:
+    """Return whether a function of this name has the derivative 0."""
+    return _bare(name) in _FLAT
+
+
 def is_hard(name: str) -> bool:
     """Return whether a function of this name cuts by itself, whatever its input."""
-    name = name.rstrip("_") if not name.startswith("__") else name
-    return name in _SEVERING or name in FLAT
+    return _bare(name) in _SEVERING or is_flat(name)
+
+
+def _bare(name: str) -> str:
+    return name if name.startswith("__") else name.rstrip("_")
 
 
 def without_grad() -> Operation:
@@ -149,7 +157,7 @@ def without_grad() -> Operation:
 
 def operation(name: str, output: Any) -> Operation:
     """Return what a torch function is that gave this output without a gradient."""
-    bare = name.rstrip("_") if not name.startswith("__") else name
+    bare = _bare(name)
     if name in NUMBERS:
         return Operation(NUMBERS[name], "severed", _TENSOR)
     if name in _SEVERING or bare in _SEVERING:
@@ -157,7 +165,7 @@ def operation(name: str, output: Any) -> Operation:
         return Operation(label, "severed", instead)
     if name in _COMPARISONS:
         return Operation(f"comparison {_COMPARISONS[name]}", "choice", _GATE)
-    if bare in FLAT:
+    if bare in _FLAT:
         return Operation(bare, "stepwise", _SMOOTH)
     if name in ("argmax", "argmin", "multinomial", "one_hot"):
         return Operation(name, "stepwise", _SOFT)

@@ -61,8 +61,8 @@ class Step:
 
 def mixed(gradients: Iterable[Any]) -> Tensor | None:
     """Return one number that depends on every entry of the gradients there are, each with another factor."""
-    live = [g for g in gradients if isinstance(g, Tensor) and g.requires_grad and g.dim() >= 0]
+    live = [g for g in gradients if isinstance(g, Tensor) and g.requires_grad]
     if not live:
         return None
     factors = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device).view_as(g) for g in live]
-    return torch.stack([(g * f).sum() for g, f in zip(live, factors, strict=True)]).sum()
+    return torch.stack([(g * f).sum().to(live[0]) for g, f in zip(live, factors, strict=True)]).sum()

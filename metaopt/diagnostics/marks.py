@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.diagnostics.cuts import (
-    FLAT,
     NUMBERS,
     Cut,
     Operation,
     Position,
     Source,
+    is_flat,
     is_hard,
     operation,
     position,
@@ -28,6 +29,7 @@ from metaopt.diagnostics.cuts import (
 from metaopt.diagnostics.shaking import shaken
 
 _OF_THE_FIRST = {"to", "type", "type_as", "expand_as", "view_as", "reshape_as"}  # the others only lend shape or dtype
+_WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod")}
 _EACH_ITS_OWN = {"broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"}
 
 
@@ -48,14 +50,26 @@ class Mark:
 _NONE = Mark()
 
 
-@dataclass(frozen=True)
 class _Read:
-    """What a function reads: the cuts behind its inputs, and the sources whose gradient they carry."""
+    """What a function reads: the cuts behind its inputs, and the sources whose gradient they carry.
 
-    inputs: list[Tensor]
-    cuts: frozenset[Cut]
-    carried: frozenset[Source]
-    marks: list[Mark]
+    It is made before the function runs, which may write to its inputs.
+    """
+
+    def __init__(self, watch: Watch, inputs: list[Tensor]) -> None:
+        self.inputs, self.marks = inputs, [watch._mark(t) for t in inputs]
+        self.live = [(t, t.grad_fn) for t in inputs if t.requires_grad]
+        self.matters = bool(self.live) or any(mark is not _NONE for mark in self.marks)
+        self._watch = watch
+
+    @functools.cached_property
+    def cuts(self) -> frozenset[Cut]:
+        return _union(mark.cuts for mark in self.marks)
+
+    @functools.cached_property
+    def carried(self) -> frozenset[Source]:
+        """Found by a walk through the graph, so only where something is cut."""
+        return _union([*(m.would_carry for m in self.marks), *(self._watch.leads_to(*pair) for pair in self.live)])
 
 
 class Watch(TorchFunctionMode):
@@ -110,11 +124,14 @@ class Watch(TorchFunctionMode):
 
     def sources_of(self, tensor: Any) -> frozenset[Source]:
         """Return what the graph of a tensor leads to."""
-        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
-            return frozenset()
-        if tensor.grad_fn is None:
+        live = isinstance(tensor, Tensor) and tensor.requires_grad
+        return self.leads_to(tensor, tensor.grad_fn) if live else frozenset()
+
+    def leads_to(self, tensor: Tensor, node: Any) -> frozenset[Source]:
+        """Return the sources that a node of the graph leads to; a leaf is its own."""
+        if node is None:
             return frozenset({self._sources[id(tensor)][0]} if id(tensor) in self._sources else ())
-        seen, stack, found = set(), [tensor.grad_fn], set()
+        seen, stack, found = set(), [node], set()
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -148,18 +165,14 @@ class Watch(TorchFunctionMode):
             elif args[0]:
                 self._stopped_at = None
             return func(*args, **kwargs)
-        inputs = _read_by(name, args, kwargs)
-        marks = [self._mark(t) for t in inputs]
-        live = [t for t in inputs if t.requires_grad]
+        read = _Read(self, _read_by(name, args, kwargs))
         output = func(*args, **kwargs)
         if name in ("data", "detach") and isinstance(output, Tensor):
             self._aliases[output] = args[0]
         if name in NUMBERS or tensors_in(output):
-            self.touched |= {self._sources[id(t)][0] for t in inputs if id(t) in self._sources}
-        if not (live or any(mark is not _NONE for mark in marks)):
+            self.touched |= {self._sources[id(t)][0] for t in read.inputs if id(t) in self._sources}
+        if not read.matters:
             return output
-        cuts, carried = _union(mark.cuts for mark in marks), _union(mark.would_carry for mark in marks)
-        read = _Read(inputs, cuts, carried.union(*map(self.sources_of, live)) if live else carried, marks)
         if name in NUMBERS:
             return self._number(name, output, read)
         changed = args[0] if name == "__setitem__" else () if name in _EACH_ITS_OWN else output
@@ -195,7 +208,7 @@ class Watch(TorchFunctionMode):
         connected = output.requires_grad and (output.grad_fn is not None or any(output is t for t in read.inputs))
         connected = connected and (torch.is_grad_enabled() or not _is_in_place(name))
         cuts, new = read.cuts, None
-        if not connected or name.rstrip("_") in FLAT:
+        if not connected or is_flat(name):
             if read.carried and self._without_graph and _is_real(output) and not is_hard(name):
                 here = position(outermost=True)
                 at = here if here.place else next((m.written for m in read.marks if m.written), here)
@@ -274,6 +287,4 @@ def _read_by(name: str, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _is_in_place(name: str) -> bool:
-    if name.startswith("__"):
-        return name == "__setitem__" or (name[2] == "i" and name not in ("__invert__", "__int__", "__index__"))
-    return name.endswith("_") and name != "requires_grad_"
+    return name in _WRITES or (name.endswith("_") and not name.startswith("__") and name != "requires_grad_")

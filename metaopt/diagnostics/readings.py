@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from metaopt.meta_params import AnyMetaParameters, named_tensors
 from metaopt.random_state import seeded
 from metaopt.stage import Stage
 
+_LOOKS = 3  # inner steps in which a value is given another one, to see whether it is more than a log
 META_LOSS: Source = ("", "meta-loss")
 
 
@@ -29,7 +31,7 @@ META_LOSS: Source = ("", "meta-loss")
 class Reading:
     """One part of the chain: what its result depends on in the graph, what it only touched, and what it cut off.
 
-    `edges` tells whether the derivative was ever other than 0.
+    `edges` tells whether the derivative was ever other than 0, `harmless` how often a cut was found to change nothing.
     """
 
     part: str
@@ -37,6 +39,7 @@ class Reading:
     edges: dict[Source, bool] = field(default_factory=dict)
     touched: set[Source] = field(default_factory=set)
     cuts: set[Cut] = field(default_factory=set)
+    harmless: Counter[Cut] = field(default_factory=Counter)
     failure: str | None = None
 
     @property
@@ -135,9 +138,8 @@ class _StageReader:
         loop = begin()
         self.watch.close([list(micro) for micro in loop.batches])
         data = tensors_in(loop.batches)
-        reading.cuts |= {
-            cut for cut in self.watch.numbers if _matters(self.watch, lambda: tensors_in(begin().batches), data, cut)
-        }
+        by_users = [cut for cut in self.watch.numbers if cut.place]  # a library's own only steer it
+        reading.cuts |= {c for c in by_users if _matters(self.watch, lambda: tensors_in(begin().batches), data, c)}
         return loop
 
     def _initial(self, loop: InnerLoop) -> tuple[Reading, dict[str, Tensor]]:
@@ -168,17 +170,16 @@ class _StageReader:
         """Read the loss of step t and move on; None if there is no gradient to move along."""
         step = Step(self.watch, loop, t, self._own(steps), steps.buffers, self.meta_params, self.upstream)
         values = step.evaluate()
-        gradients, buffers = step.gradients, step.buffers
-        _connect(reading, mixed(values), self.leaves)
-        _note(self.watch, reading, step.evaluate, values, [step.loss, *values])
+        loss, gradients, buffers = step.loss, step.gradients, step.buffers
+        trains = any(g is not None for g in gradients.values())
+        _connect(reading, mixed(values) if trains else None, self.leaves)
+        _note(self.watch, reading, step.evaluate, values, [loss, *values])
         steps.buffers = buffers
-        if all(g is None for g in gradients.values()):
-            reading.failure = (
-                step.failure or f"the loss of stage {self.name!r} reads none of the weights that it trains"
-            )
+        if not trains:
+            reading.failure = step.failure or f"the loss of stage {self.name!r} reads no weight that it trains"
             return None
         steps.update(t, {name: None if g is None else g.detach() for name, g in gradients.items()})
-        return step.loss.detach()
+        return loss.detach()
 
     @torch.no_grad()
     def _own(self, steps: PlainSteps) -> dict[str, Tensor]:
@@ -237,8 +238,12 @@ def _note(
     """
     reading.touched |= watch.touched
     for cut in (watch.cuts_behind(results) | watch.numbers) - reading.cuts:
+        if reading.harmless[cut] == _LOOKS:
+            continue
         if cut.part == HAND_OVER or cut.stage != reading.stage or _matters(watch, evaluate, values, cut):
             reading.cuts.add(cut)
+        else:
+            reading.harmless[cut] += 1
 
 
 def _matters(watch: Watch, evaluate: Callable[[], list[Any]], values: list[Any], cut: Cut) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from metaopt.random_state import seeded
 
 Key = tuple[str | None, Hashable]  # (upstream stage, or None for a meta-parameter; name, or which output)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_MOST_ENTRIES = 100  # of a container that is looked into
 
 
 class StepLoss:
@@ -63,6 +65,16 @@ class StepLoss:
     def context(self) -> list[Tensor]:
         """Batch, buffers, frozen weights, and what of the upstream models is not differentiated."""
         return self._tensors
+
+    @property
+    def stage(self) -> str:
+        """Whose loss it is, for messages."""
+        return self._loop.name
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is of the stage's last step: the first that a sweep comes to."""
+        return self._t == self._loop.num_steps - 1
 
     @property
     def obstacle(self) -> str | None:
@@ -117,18 +129,56 @@ class StepLoss:
 
 
 def settings_of(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Mapping[str, FunctionalModel]) -> Hashable:
-    """Return the plain numbers and words that modules and loss hold now; a captured graph would freeze them."""
-    held: list[Any] = [loop.loss, loop.autocast, *loop.structure.module.modules()]
-    parts = [*as_named(meta_params).values(), *(model.structure.module for model in upstream.values()), loop.loss]
-    held += [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
-    return tuple((type(x).__name__, id(x), _plain_attributes(x)) for x in held)
+    """Return what a captured graph would freeze, as it is now: what the loss and the meta-parameters hold or close
+    over, and the plain numbers and words of the models' modules. Tensors count by their identity."""
+    models = [loop.structure.module, *(model.structure.module for model in upstream.values())]
+    modules = [(id(m), _plain_attributes(m)) for model in models for m in model.modules()]
+    read = [(id(x), _held(x)) for x in (loop.loss, *as_named(meta_params).values())]
+    return loop.autocast, tuple(modules), tuple(read)
 
 
-def _plain_attributes(x: Any, depth: int = 1) -> Hashable:
+def _plain_attributes(module: nn.Module) -> Hashable:
+    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN))
+
+
+def _held(x: Any, depth: int = 4) -> Hashable:
+    if isinstance(x, (*_PLAIN, type, types.ModuleType, types.CodeType, types.BuiltinFunctionType)):
+        return x
+    if isinstance(x, Tensor):  # a graph holds its own constants, so that no other tensor gets the id of one
+        return id(x), x._version if x.numel() == 1 and not x.is_inference() else 0  # float(x) would be frozen
+    parts = _parts(x) if depth else {}
+    return type(x), tuple((str(name), _held(part, depth - 1)) for name, part in parts.items())
+
+
+def _parts(x: Any) -> Mapping[Any, Any]:
+    if isinstance(x, nn.Module):
+        return {name: _tensors_and_attributes(module) for name, module in x.named_modules()}
+    if isinstance(x, (Mapping, list, tuple)) and len(x) > _MOST_ENTRIES:
+        return {"length": len(x)}
+    if isinstance(x, (list, tuple)):
+        return dict(enumerate(x))
     if isinstance(x, functools.partial):
-        x = {"func": x.func, **{str(i): v for i, v in enumerate(x.args)}, **x.keywords}
-    attributes = x if isinstance(x, dict) else getattr(x, "__dict__", {})
-    found: list[Hashable] = [(k, v) for k, v in attributes.items() if isinstance(v, _PLAIN)]
-    if depth and not isinstance(x, nn.Module):
-        found += [(k, _plain_attributes(v, depth - 1)) for k, v in attributes.items() if hasattr(v, "__dict__")]
-    return tuple(found)
+        return {"function": x.func, "arguments": x.args, **x.keywords}
+    if isinstance(x, types.MethodType):
+        return {"function": x.__func__, "self": x.__self__}
+    if isinstance(x, types.FunctionType):
+        cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
+        closed = {name: cell.cell_contents for name, cell in cells}
+        of_module = {name: x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__}
+        return {"code": x.__code__, "defaults": x.__defaults__, "keywords": x.__kwdefaults__, **of_module, **closed}
+    return x if isinstance(x, Mapping) else getattr(x, "__dict__", {})
+
+
+def _tensors_and_attributes(module: nn.Module) -> dict[str, Any]:
+    """Of one module, without its parts and without what is learned, which is an input of the graph."""
+    tensors = {**module._buffers, **{n: p for n, p in module._parameters.items() if p is None or not p.requires_grad}}
+    inner = ("_parameters", "_buffers", "_modules")
+    return {**{k: v for k, v in vars(module).items() if k not in inner}, **tensors}
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the global names that a function reads, its inner functions included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)

@@ -102,6 +102,7 @@ class Sweep:
                 self.tape.record_gradient(t, gradient, buffers)
                 steps.update(t, gradient)
                 losses.append(loss)
+                loop.watch(losses)
             self._outputs.end()
         self._require_same_batches()
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
@@ -119,7 +120,8 @@ class Sweep:
             shapes = ", ".join(str(list(leaf.shape)) for leaf in unknown[:3])
             raise StageError(
                 f"the loss of stage {self.loop.name!r} closes over {len(unknown)} tensor(s) that require grad (shapes "
-                f"{shapes}): their gradient would be lost here. Give them as meta-parameters, or use Unrolled()"
+                f"{shapes}): their gradient would be lost here. Freeze what is not learned "
+                "(module.requires_grad_(False)), give the rest as meta-parameters, or use Unrolled()"
             )
 
     def _require_same_batches(self) -> None:

@@ -45,5 +45,6 @@ class Unrolled(Estimator):
                     loss, params, override=loop.hyperparameters(t, meta_params), grad_callback=transformed
                 )
                 losses.append(loss)
+                loop.watch(losses)
             state = fast.optimizer_state
         return loop.finish(params, buffers, state, losses)

@@ -13,6 +13,7 @@ from small_models import CLASSES, Network
 
 import metaopt
 
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 BATCH = feature_batches(1, seed=8)[0]
 STUDENT = metaopt.ValidationLoss("student")
 

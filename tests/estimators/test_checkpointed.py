@@ -1,98 +1,297 @@
-"""The reverse sweep equals the unrolled graph, for every store and product, on everything that an inner loop can do."""
+"""The reverse sweep equals the unrolled graph, for every store, place and product, on all that an inner loop can do."""
+
+from __future__ import annotations
 
 import functools
-from dataclasses import replace
+import gc
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
 
+import inner_loops
 import library
 import pytest
 import torch
-from problems import (
-    ADAM,
-    MOMENTUM,
-    distilled_features,
-    distilled_text,
-    fed_with_hidden_states,
-    linear_stages,
-    probed_text,
-)
+from inner_loops import LOSSES, OPTIMIZERS, OPTIONS, Work, of_small
+from problems import ADAM, MOMENTUM, distilled_features
 from reference import relative_error
+from small import assert_same, example_weights, one_stage, two_stages
+from small_models import Linear, Network
+from torch import Tensor, nn
 
 import metaopt
-from metaopt.estimators import Checkpointed, DoubleBackward, FiniteDifference, Unrolled
+from metaopt.estimators import Captured, Checkpointed, DoubleBackward, FiniteDifference, Unrolled
+from metaopt.estimators.products import captured
+from metaopt.meters import HeldBytes
 
-STORES = ("states", "gradients", "recompute")
 EXACT = 1e-12
+STORES, PLACES = ("states", "gradients", "recompute"), ("device", "host", "disk")
+KEPT: list[Any] = list(itertools.product(STORES, PLACES))
+EVERYTHING = {**OPTIONS, **LOSSES, **OPTIMIZERS}
+OF_TEXT = ("hidden states", "decoded", "expected embeddings", "probed hidden states")
+SAMPLES = ("Gumbel samples", "straight-through samples")
 
 
-def hypergradients(problem, estimator):
-    return library.hypergradient(problem, library.as_chain(problem, estimator=estimator))
+@functools.cache
+def exact(name: str) -> dict[str, Tensor]:
+    return EVERYTHING[name](Unrolled()).hypergradient()
 
 
-PROBLEMS = {
-    "ridge-3": lambda: linear_stages(3, 0.9)[1],
-    "features-adam": lambda: distilled_features(ADAM, ADAM),
-    "text": lambda: distilled_text(MOMENTUM, ADAM),
-    "hidden-states": fed_with_hidden_states,
-    "probed": probed_text,
-}
+def error_of(name: str, estimator: Any) -> float:
+    """Against `Unrolled`, which must itself have found a hypergradient for every meta-parameter."""
+    assert all(float(part.norm()) > 0 for part in exact(name).values())
+    return relative_error(EVERYTHING[name](estimator).hypergradient(), exact(name))
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_sweep_equals_unrolled(name, store):
-    problem = PROBLEMS[name]()
-    exact = hypergradients(problem, Unrolled())
-    assert relative_error(hypergradients(problem, Checkpointed(store=store)), exact) < EXACT
+@pytest.mark.parametrize("product", [DoubleBackward, Captured])
+def test_every_store_and_place_gives_the_exact_hypergradient(store, place, product):
+    make = of_small(two_stages, optimizer=inner_loops.ADAM, teacher=Network(0.2), student=Linear(), num_steps=6)
+    found = make(Checkpointed(product(), store, place)).hypergradient()
+    assert relative_error(found, make(Unrolled()).hypergradient()) < EXACT
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_whatever_an_inner_loop_does_is_swept(name):
+    """Two of the nine pairs of store and place for each, all of them in turn."""
+    if name == "LoRA":
+        pytest.importorskip("peft")
+    turn = 2 * list(EVERYTHING).index(name)
+    for store, place in (KEPT[turn % 9], KEPT[(turn + 1) % 9]):
+        assert error_of(name, Checkpointed(store=store, place=place)) < EXACT
+
+
+def captured_equals_unrolled(name: str) -> None:
+    store, place = KEPT[list(EVERYTHING).index(name) % 9]
+    with warnings.catch_warnings():
+        if name in SAMPLES:  # may read model.step, and fall back
+            warnings.simplefilter("ignore", RuntimeWarning)
+        assert error_of(name, Checkpointed(Captured(), store, place)) < EXACT
+
+
+QUICK = [name for name in (*OPTIONS, *LOSSES, "RMSprop") if name not in OF_TEXT]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_whatever_an_inner_loop_does_is_captured(name):
+    if name == "LoRA":
+        pytest.importorskip("peft")
+    captured_equals_unrolled(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_encoder_decoders_are_captured(name):
+    captured_equals_unrolled(name)
+
+
+@pytest.mark.parametrize("product", [DoubleBackward, Captured])
+def test_in_bfloat16_the_sweep_is_near(product):
+    """Rounding to 8 bits amplifies any difference in the order of operations."""
+    expected = inner_loops.in_bfloat16(Unrolled()).hypergradient()
+    assert relative_error(inner_loops.in_bfloat16(Checkpointed(product())).hypergradient(), expected) < 1e-3
+
+
+def test_a_temperature_that_falls_with_the_step_is_swept_and_not_frozen_into_a_captured_graph():
+    expected = inner_loops.annealed(Unrolled()).hypergradient()
+    assert relative_error(inner_loops.annealed(Checkpointed()).hypergradient(), expected) < EXACT
+    with pytest.warns(RuntimeWarning, match="model.step") as told:
+        found = inner_loops.annealed(Checkpointed(Captured(), "gradients")).hypergradient()
+    assert relative_error(found, expected) < EXACT
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("name", ["soft labels", "three linear stages", "clipping by norm", "RMSprop"])
 def test_finite_difference_product_is_near(name):
-    problem = PROBLEMS[name]()
-    exact = hypergradients(problem, Unrolled())
-    assert relative_error(hypergradients(problem, Checkpointed(FiniteDifference())), exact) < 1e-4
+    assert error_of(name, Checkpointed(FiniteDifference())) < 1e-4
 
 
-def clipped(gradients):
-    size = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    return {name: g * (0.05 / size) for name, g in gradients.items()}
+# --- several meta-steps
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_slots_are_differentiated_alike(store):
-    problem = replace(distilled_features(MOMENTUM, ADAM))
-    problem = problem.with_stage("teacher", transform=clipped)
-    exact = hypergradients(problem, Unrolled())
-    assert relative_error(hypergradients(problem, Checkpointed(store=store)), exact) < EXACT
+def test_meta_steps_with_commits_reuse_the_captured_programs(monkeypatch):
+    captures = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        captures.append(1)
+        return make_fx(*args, **kwargs)
+
+    make_fx = captured.make_fx
+    monkeypatch.setattr(captured, "make_fx", counting)
+    counts = []
+    works = [of_small(two_stages)(estimator) for estimator in (Unrolled(), Checkpointed(Captured(), "recompute"))]
+    for _ in range(3):
+        found = []
+        for work in works:
+            trained = work.chain.unroll(work.phi)
+            found.append(metaopt.hypergradient(work.objective(trained), work.phi))
+            work.chain.commit(trained)
+            with torch.no_grad():
+                work.phi.logits -= found[0]["logits"]
+        assert relative_error(found[1], found[0]) < 1e-10  # rounding of three trainings in a row
+        counts.append(len(captures))
+    assert counts[0] == counts[-1] == 4  # teacher and student, each with and without its gradient
 
 
 def test_unlike_estimators_in_one_chain_agree():
     problem = distilled_features(MOMENTUM, ADAM)
-    exact = hypergradients(problem, Unrolled())
+    exact = library.hypergradient(problem, library.as_chain(problem, estimator=Unrolled()))
     chain = library.as_chain(problem)
     chain.stages["teacher"].estimator = Checkpointed(DoubleBackward(), "recompute")
     assert relative_error(library.hypergradient(problem, chain), exact) < EXACT
 
 
-def test_a_second_backward_needs_retain_graph():
-    problem = distilled_features(MOMENTUM, ADAM)
-    chain = library.as_chain(problem, estimator=Checkpointed())
-    loss = problem.objective(chain.unroll(problem.phi), chain.move(problem.batch), problem.phi)
-    first = metaopt.hypergradient(loss, problem.phi, retain_graph=True)
-    second = metaopt.hypergradient(loss, problem.phi)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Checkpointed(),
+        Checkpointed(store="states"),
+        Checkpointed(store="recompute", place="disk"),
+        Checkpointed(place="disk"),
+        Checkpointed(Captured()),
+    ],
+    ids=repr,
+)
+def test_a_second_backward_needs_retain_graph(estimator):
+    work = of_small(two_stages)(estimator)
+    loss = work.meta_loss()
+    first = metaopt.hypergradient(loss, work.phi, retain_graph=True)
+    second = metaopt.hypergradient(loss, work.phi)
+    assert_same(first, second)
     with pytest.raises(RuntimeError, match="second time"):
-        metaopt.hypergradient(loss, problem.phi)
+        metaopt.hypergradient(loss, work.phi)
+
+
+# --- memory
+
+
+class Wide(nn.Module):
+    """Weights that are large beside everything else: 20 kB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(50, 50, bias=False, dtype=torch.float64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs).sin()
+
+
+BYTES = 50 * 50 * 8
+
+
+def wide(estimator: Any, on_call: Any = lambda: None, num_steps: int = 16) -> Work:
+    """One stage of many steps on a batch of two examples; `on_call` is called by each inner loss."""
+    phi = example_weights(2)
+
+    def loss(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        on_call()
+        return (meta_params.logits[:, None] * (model(batch["inputs"]) - 1) ** 2).mean()
+
+    batch = {"inputs": torch.randn(2, 50, dtype=torch.float64)}
+    chain = one_stage(loss, [batch], model=Wide, optimizer=inner_loops.ADAM, num_steps=num_steps, estimator=estimator)
+    return Work(chain, phi, lambda trained: trained["only"](batch["inputs"]).square().mean())
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_backward_frees_each_step_as_it_goes(retain_graph):
+    held, seen = HeldBytes(), []
+    work = wide(Checkpointed(), lambda: seen.append(held.now))
+    with held:
+        loss = work.meta_loss()
+        forward = len(seen)
+        metaopt.hypergradient(loss, work.phi, retain_graph=retain_graph)
+    backward = seen[forward:]
+    assert len(backward) == forward == 16
+    freed = backward[1] - backward[-1]  # sixteen gradients, and four states of weights and two moments
+    assert (freed > 20 * BYTES) is not retain_graph
+
+
+@pytest.mark.parametrize("product", [DoubleBackward, Captured, FiniteDifference])
+@pytest.mark.parametrize("store", STORES)
+def test_nothing_is_held_once_the_graph_is_gone(store, product):
+    """Without the garbage collector, which would come late."""
+    held = HeldBytes()
+    work = wide(Checkpointed(product(), store), num_steps=5)
+    work.hypergradient()  # the first one captures
+    gc.collect()
+    gc.disable()
+    try:
+        with held:
+            trained = work.chain.unroll(work.phi)
+            loss = work.objective(trained)
+            found = metaopt.hypergradient(loss, work.phi)
+            del trained, loss
+        assert held.now <= sum(g.nbytes for g in found.values()) + 64
+    finally:
+        gc.enable()
+
+
+# --- disk
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_files_go_with_the_steps_and_their_folder_with_the_last(store, tmp_path):
+    def count() -> int:
+        return len(list(tmp_path.glob("metaopt-*/*.safetensors")))
+
+    counts: list[int] = []
+    work = wide(Checkpointed(store=store, place="disk", folder=tmp_path), lambda: counts.append(count()), 9)
+    loss = work.meta_loss()
+    written = count()
+    assert written == {"states": 9, "gradients": 9 + 3, "recompute": 3}[store]
+    counts.clear()
+    metaopt.hypergradient(loss, work.phi)
+    assert min(counts) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_is_dropped_without_a_backward_leaves_no_files(tmp_path):
+    work = wide(Checkpointed(place="disk", folder=tmp_path), num_steps=4)
+    loss = work.meta_loss()
+    assert list(tmp_path.iterdir())
+    del loss
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    for folder in (tmp_path / "absent", Path(__file__)):
+        with pytest.raises(metaopt.StageError, match=rf"no folder can be made in .*{folder.name}.*folder=\.\.\."):
+            wide(Checkpointed(place="disk", folder=folder)).meta_loss()
+
+
+def test_a_disk_that_fills_up_is_named(tmp_path, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("metaopt.estimators.places.save_file", full)
+    with pytest.raises(metaopt.StageError, match=r"cannot be written \(No space left"):
+        wide(Checkpointed(place="disk", folder=tmp_path)).meta_loss()
+    assert not list(tmp_path.iterdir())
+
+
+# --- refused
 
 
 def test_a_tensor_that_the_loss_closes_over_is_refused():
-    problem = distilled_features(functools.partial(torch.optim.SGD, lr=0.1), ADAM)
     outside = torch.ones((), dtype=torch.float64, requires_grad=True)
-    loss = problem.chain["teacher"].loss
-    problem = problem.with_stage("teacher", loss=lambda *args: outside * loss(*args))
+    work = of_small(two_stages)(Checkpointed())
+    loss = work.chain.stages["teacher"].loss
+    work.chain.stages["teacher"].loss = lambda *args: outside * loss(*args)
     with pytest.raises(metaopt.StageError, match="closes over 1 tensor"):
-        hypergradients(problem, Checkpointed())
+        work.hypergradient()
+
+
+def test_meta_parameters_that_change_before_the_backward_are_noticed():
+    work = of_small(two_stages)(Checkpointed())
+    loss = work.meta_loss()
+    with torch.no_grad():
+        work.phi.logits.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        metaopt.hypergradient(loss, work.phi)
 
 
 def test_unknown_store_is_refused():
     with pytest.raises(metaopt.ConfigError, match="did you mean 'gradients'"):
-        Checkpointed(store="gradient")  # pyright: ignore[reportArgumentType]
+        Checkpointed(store="gradient")

@@ -34,6 +34,16 @@ class Loss(Protocol):
         ...
 
     @property
+    def stage(self) -> str:
+        """Whose loss it is, for messages."""
+        ...
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is of the stage's last step: the first that a sweep comes to."""
+        ...
+
+    @property
     def obstacle(self) -> str | None:
         """What else the steps differ in, if there is something; a captured graph would freeze it."""
         ...

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves, linearized
+from metaopt.guards import refuse_single_derivative
 
 
 class DoubleBackward(Product):
@@ -25,6 +26,8 @@ class DoubleBackward(Product):
         with torch.enable_grad():
             at, beside = leaves(params), leaves(others)
             gradients = torch.autograd.grad(loss(at, beside), at, create_graph=True, allow_unused=True)
+        if loss.is_last:
+            refuse_single_derivative(dict(enumerate(gradients)), loss.stage)
 
         def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
             below = at if wanted.params else []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaopt.errors import ConfigError
 from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves
+from metaopt.guards import refuse_given_weights
 
 
 class FiniteDifference(Product):
@@ -41,6 +42,8 @@ class FiniteDifference(Product):
             with torch.enable_grad():
                 inputs = [*leaves(at), *leaves(others)]
                 value = loss(inputs[: len(params)], inputs[len(params) :])
+                if loss.is_last:
+                    refuse_given_weights(value, loss.stage)
                 found = torch.autograd.grad(value, inputs[start:end], allow_unused=True) if start < end else ()
             return [None] * start + list(found)
 
