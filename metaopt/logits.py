@@ -93,7 +93,8 @@ def require_scalar(loss: Any, where: str, needs_graph: bool = True) -> Tensor:
     if needs_graph and torch.is_grad_enabled() and not loss.requires_grad:
         raise StageError(
             f"{where} returned a tensor without a graph: something in it ran under torch.no_grad(), was detached, or "
-            "was rebuilt with torch.tensor(...); compute it from the model that is handed in"
+            "was rebuilt with torch.tensor(...); compute it from the model that is handed in. At which line, says "
+            "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
         )
     return loss.reshape(())
 

@@ -170,10 +170,19 @@ def through_once(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Ten
     return (meta_params(batch)[:, None] * Once.apply(model(batch["inputs"]))).square().mean()
 
 
-def test_a_function_of_one_derivative_is_refused():
+@pytest.mark.parametrize("estimator", [Unrolled(), Checkpointed(), metaopt.Neumann(2)], ids=repr)
+def test_a_function_of_one_derivative_is_refused(estimator: metaopt.Estimator):
     """`autograd.grad` walks past it in silence."""
+    weights = example_weights()
     with pytest.raises(metaopt.StageError, match=r"stage 'only': .*@once_differentiable.*FiniteDifference\(\)"):
-        one_stage(through_once).unroll(example_weights())
+        metaopt.hypergradient(meta_loss(one_stage(through_once, estimator=estimator), weights), weights)
+
+
+def test_finite_differences_of_weights_taken_as_given_are_refused():
+    network = metaopt.WeightNetwork(3).double()
+    chain = one_stage(estimator=Checkpointed(FiniteDifference()))
+    with pytest.raises(metaopt.StageError, match="stage 'only': FiniteDifference takes the Jacobian.*DoubleBackward"):
+        metaopt.hypergradient(meta_loss(chain, network), network)
 
 
 def test_a_function_of_one_derivative_is_supported_where_one_is_enough():

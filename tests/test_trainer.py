@@ -235,3 +235,14 @@ def test_an_unknown_metric_is_refused_with_the_metrics_there_are():
     selection = Selection(feature_batches(), "student", lambda model, batches: {"accuracy": 0.5}, "acuracy", every=1)
     with pytest.raises(metaopt.ConfigError, match=r"no metric 'acuracy' \(did you mean 'accuracy'"):
         trainer(selection=selection).fit(1)
+
+
+def test_a_hypergradient_that_is_not_finite_is_traced_to_its_step_and_line() -> None:
+    def corner(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        bias = model.params["linear.bias"] - model.params["linear.bias"].detach()
+        term = torch.where(bias > 0, bias, bias.pow(1.5)).sum() if model.step == 1 else 0.0  # the slope's slope
+        return metaopt.WeightedLoss()(model, batch, meta_params, upstream) + term
+
+    training = trainer(one_stage(corner))
+    with pytest.raises(metaopt.NonFiniteError, match=r"in stage 'only', at inner step 1 of 3.*the slope's slope"):
+        training.meta_step()

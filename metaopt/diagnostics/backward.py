@@ -9,6 +9,11 @@ from metaopt.errors import MissingPathError, NonFiniteError
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, named_tensors
 
+WHERE = (
+    "No loss or objective reads it, or argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) stands between "
+    "it and the loss; at which line, says print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
+)
+
 
 def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_graph: bool = False) -> dict[str, Tensor]:
     """Return d meta-loss / d meta-parameters by name (nothing if there is nothing to learn); no `.grad` is touched.
@@ -71,8 +76,4 @@ def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Ten
 
 def _raise_missing(names: list[str], what: str) -> None:
     listed = ", ".join(repr(name) for name in names)
-    raise MissingPathError(
-        f"meta-parameter {listed}: {what}, so there is no hypergradient. No loss or objective reads it, or argmax, "
-        ".detach(), .item(), torch.no_grad() or torch.tensor(...) stands between it and the loss. At which line, says "
-        "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
-    )
+    raise MissingPathError(f"meta-parameter {listed}: {what}, so there is no hypergradient. {WHERE}")

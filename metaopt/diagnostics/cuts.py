@@ -90,7 +90,7 @@ class Cut:
     def __str__(self) -> str:
         shown = self.place or self.inside
         at = f" at {shown}" if shown else ""
-        within = f" (called there, at {self.inside})" if self.place and self.inside else ""
+        within = f" (inside it: {self.inside})" if self.place and self.inside else ""
         code = f"\n    {shown.code}" if shown and shown.code else ""
         return f"{self.operation.name}{at}{within}{code}\n  write instead: {self.instead}"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from metaopt.chain import Chain
+from metaopt.diagnostics.backward import WHERE
 from metaopt.diagnostics.cuts import HAND_OVER, Cut, Source
 from metaopt.diagnostics.readings import META_LOSS, Reading, read_chain
 from metaopt.errors import MissingPathError
@@ -116,8 +117,9 @@ def explain_hypergradient(
 def explained(
     error: MissingPathError, chain: Chain, objective: Any, batch: Any, meta_params: AnyMetaParameters
 ) -> MissingPathError:
-    """Return the same error, which also says where every path is lost."""
-    return MissingPathError(f"{error}\n\n{explain_hypergradient(chain, objective, batch, meta_params)}")
+    """Return the same error, which says itself where every path is lost."""
+    explanation = explain_hypergradient(chain, objective, batch, meta_params)
+    return MissingPathError(f"{str(error).removesuffix(WHERE)}\n\n{explanation}")
 
 
 def _path(name: str, readings: Sequence[Reading]) -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from torch import nn
 
 import metaopt
 
+ROOT = Path(__file__).parent.parent.parent
 BATCH = feature_batches(1, seed=8)[0]
 STUDENT = metaopt.ValidationLoss("student")
 
@@ -182,6 +186,7 @@ def test_the_trainer_says_where_the_path_is_lost():
     text = str(raised.value)
     for part in ("meta-parameter 'logits'", "the loss of stage 'student'", "argmax", shown(by_hard_labels), "softmax"):
         assert part in text
+    assert "explain_hypergradient" not in text
 
 
 def by_hard_labels(model, batch, meta_params, upstream):
@@ -207,3 +212,11 @@ def test_meta_parameters_of_one_fate_are_told_together():
     )
     assert len(found.missing) == 4
     assert str(found).count("no path to the meta-loss") == 1
+
+
+def test_the_experiment_prints_what_its_readme_shows(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "experiments" / "cut_paths"
+    runpy.run_path(str(folder / "run.py"))["main"]()
+    printed = textwrap.indent(capsys.readouterr().out.strip(), "    ", lambda line: bool(line.strip()))
+    assert printed in (folder / "README.md").read_text()

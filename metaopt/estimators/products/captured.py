@@ -25,9 +25,10 @@ class Captured(Product):
     """One step's forward, backward and double backward, captured once and replayed; what no output needs is left out.
 
     Exact: the same operations as `DoubleBackward`, whose result the first replay is compared with. A graph belongs to
-    the shapes of the tensors, to the modules and the loss, and to the plain numbers that they hold (dropout
-    probabilities, temperatures). Where a step cannot be captured (a branch on the values of a batch, random numbers of
-    Python), the product is `DoubleBackward`'s, and one warning says why.
+    the shapes of the tensors, to the modules and the loss, and to what they hold or close over (dropout probabilities,
+    temperatures): where that changes, a new one is captured. A tensor that a model keeps as a plain attribute is not
+    watched; register it as a buffer. Where a step cannot be captured (a branch on the values of a batch, random
+    numbers of Python), the product is `DoubleBackward`'s, and one warning says why.
 
     Source: torch.fx.experimental.proxy_tensor.make_fx.
     """
