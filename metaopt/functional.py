@@ -1,145 +1,21 @@
-"""The stateless view of a model that `higher` patches, and every workaround that today's models need.
+"""The stateless view of a model that `higher` patches.
 
-A user's module stays where it is. For each call its parameters and buffers are swapped for the ones in hand and
-swapped back afterwards, exceptions included. `higher` sees only a thin module that registers the trained
-parameters, so hooks, `ModuleList` slices, tied weights and shared submodules keep working.
+`higher` sees only a thin module that registers the trained parameters; a call lends them to the user's own module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import higher
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from metaopt.errors import ConfigError, StageError, did_you_mean
+from metaopt.errors import ConfigError, did_you_mean
+from metaopt.model_structure import ModelStructure
 
 Tensors = dict[str, Tensor]
-Slot = tuple[dict[str, Any], str, str]  # (a submodule's own dict of tensors, attribute, deduplicated name)
-
-
-class ModelStructure:
-    """Where a module keeps its parameters and buffers: one slot per (submodule, attribute), one name per tensor.
-
-    A tied weight has several slots and one name. A submodule that is reached by two names has its slots once:
-    swapping a slot twice would leave the trained weight in the user's module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        param_names = {id(p): name for name, p in module.named_parameters()}
-        buffer_names = {id(b): name for name, b in module.named_buffers()}
-        self._recurrent = [submodule for submodule in module.modules() if isinstance(submodule, nn.RNNBase)]
-        self._normed = any(type(submodule).__name__ == "_WeightNorm" for submodule in module.modules())
-        self._all_buffers = [submodule._buffers for submodule in module.modules()]
-        self._param_slots: list[Slot] = []
-        self._buffer_slots: list[Slot] = []
-        for submodule in module.modules():
-            for slots, tensors, names in (
-                (self._param_slots, submodule._parameters, param_names),
-                (self._buffer_slots, submodule._buffers, buffer_names),
-            ):
-                slots += [(tensors, key, names[id(t)]) for key, t in tensors.items() if t is not None]
-
-    @property
-    def params(self) -> dict[str, nn.Parameter]:
-        """The user's own parameters, by deduplicated name."""
-        return dict(self.module.named_parameters())
-
-    @property
-    def buffers(self) -> Tensors:
-        """The user's own buffers, by deduplicated name."""
-        return dict(self.module.named_buffers())
-
-    @contextmanager
-    def swap(self, params: Mapping[str, Tensor], buffers: Tensors) -> Iterator[nn.Module]:
-        """Lend the module these parameters and buffers, and give it its own back on leaving.
-
-        Buffers are moved in place by the module's own forward; one that is assigned anew is written to `buffers`.
-        """
-        empty = [(tensors, key) for tensors in self._all_buffers for key, buffer in tensors.items() if buffer is None]
-        slots = [(tensors, key, params[name]) for tensors, key, name in self._param_slots]
-        slots += [(tensors, key, buffers[name]) for tensors, key, name in self._buffer_slots]
-        own = [tensors[key] for tensors, key, _ in slots]
-        try:
-            for tensors, key, lent in slots:
-                tensors[key] = lent
-            yield self.module
-        finally:
-            for tensors, key, name in self._buffer_slots:
-                buffers[name] = tensors[key]
-            for (tensors, key, _), tensor in zip(slots, own, strict=True):
-                tensors[key] = tensor
-            late = [key for tensors, key in empty if tensors[key] is not None]
-            for tensors, key in empty:
-                tensors[key] = None
-            for submodule in self._recurrent:
-                submodule._init_flat_weights()  # they cache their weights in a list, which would keep the graph
-        if late:
-            raise StageError(
-                f"the model fills a buffer in its forward that was None before ({', '.join(late)}), so it cannot be "
-                "carried from step to step; register it with its initial tensor: register_buffer(name, tensor)"
-            )
-
-    @contextmanager
-    def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
-        """Lend the module these tensors, in train or eval mode, ready to be differentiated twice.
-
-        Attention runs in the math kernel: the fused ones have no second derivative.
-        """
-        normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
-        modes = [(submodule, submodule.training) for submodule in self.module.modules()]
-        try:
-            with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation(), normed:
-                self.module.train(training)
-                yield self.module
-        finally:
-            for submodule, mode in modes:
-                submodule.training = mode
-
-    def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
-        """Run the module's forward with these parameters and buffers."""
-        with self.install(params, buffers, training) as module:
-            return module(*args, **kwargs)
-
-
-class _PlainWeightNorm(TorchFunctionMode):
-    """Weight norm by its formula `g v / ‖v‖`: torch's kernel takes ‖v‖ as a constant in the second derivative."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
-            v, g, dim = args
-            return v * (g / torch.norm_except_dim(v, 2, dim))
-        return func(*args, **(kwargs or {}))
-
-
-RECOMPUTES = (
-    "the model recomputes part of its forward during the backward (torch.utils.checkpoint), when the trained weights "
-    "are swapped back already; take the checkpointing out of its forward: estimators.Checkpointed() saves more memory"
-)
-
-
-@contextmanager
-def _refusing_recomputation() -> Iterator[None]:
-    """Raise if something inside the block asks to recompute saved tensors later, as `torch.utils.checkpoint` does."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    if hooks is not None:  # the user's own, around the unroll
-        yield
-        return
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTES):
-            yield
-    except RuntimeError as error:
-        if str(error) != RECOMPUTES:
-            raise
-        raise StageError(RECOMPUTES) from None
-
-
 Call = Callable[[Mapping[str, Tensor], Tensors, bool, Any, Any], Any]
 
 
@@ -264,51 +140,6 @@ class InnerModel(FunctionalModel):
         return self if mode else super().train(False)
 
 
-class _Boundary(torch.autograd.Function):
-    """Identity over many tensors as one node of the graph.
-
-    `autograd.grad(loss, params)` walks back until it is past every target. A parameter that the loss does not use
-    would make it walk the whole history at every step: O(T²). Behind one common node, no target lies deeper.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
-
-
-def behind_boundary(
-    params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel], joint: Collection[str]
-) -> tuple[Tensors, Models]:
-    """Pass an inner step's parameters, and all upstream weights, through identity nodes.
-
-    Args:
-        params: of the step.
-        upstream: name → model.
-        joint: the stages that the loss is known to read. They share the node of `params`, so that no walk goes past
-            it; the others have a node of their own, or a path that is cut would look like one that is there.
-    """
-    keyed: dict[tuple[str, str], Tensor] = {("", name): p for name, p in params.items()}
-    keyed |= {(stage, name): p for stage, model in upstream.items() for name, p in model.params.items()}
-    for group in [("", *joint), *((stage,) for stage in upstream if stage not in joint)]:
-        live = {key: p for key, p in keyed.items() if key[0] in group and p.requires_grad}
-        if live:
-            keyed |= dict(zip(live, _Boundary.apply(*live.values()), strict=True))
-    inner = {name: keyed["", name] for name in params}
-    return inner, Models({s: m._with({n: keyed[s, n] for n in m.params}) for s, m in upstream.items()})
-
-
-def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[str]:
-    """Return the upstream stages whose boundary a loss reaches, each behind a node of its own."""
-    reached = set(nodes([loss]))
-    boundaries = {stage: {p.grad_fn for p in model.params.values()} - {None} for stage, model in upstream.items()}
-    return [stage for stage, own in boundaries.items() if own & reached]
-
-
 class _View(nn.Module):
     """What `higher` patches: the trained parameters under plain names, and a forward that hands them on."""
 
@@ -377,32 +208,3 @@ def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[s
             fmodel._fast_params = []  # higher refers in circles to every step's weights, and they to their graph
             fmodel._parameters.clear()
             opened.release()
-
-
-def nodes(heads: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield the nodes of the graph of some tensors, up to the boundary and with it."""
-    seen: set[Any] = set()
-    stack: list[Any] = [head.grad_fn for head in heads]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if type(node).__name__ != "_BoundaryBackward":
-            stack += [parent for parent, _ in node.next_functions]
-
-
-def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
-    """Yield the leaf tensors that require grad and that a loss reaches this side of the boundary."""
-    return (node.variable for node in nodes([loss]) if hasattr(node, "variable"))
-
-
-def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
-    """Name the modules' own parameters that a loss reaches directly, past the differentiable copies.
-
-    Args:
-        loss: an inner loss whose parameters stand behind a boundary.
-        owners: `id(parameter)` → its name, for every parameter of every stage's own module.
-    """
-    return sorted({owners[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in owners})

@@ -13,7 +13,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 
 from metaopt.errors import ConfigError, StageError
-from metaopt.functional import RECOMPUTES, nodes
+from metaopt.graphs import nodes
+from metaopt.model_structure import RECOMPUTES
 
 
 def refuse_unsupported(module: nn.Module, stage: str) -> None:

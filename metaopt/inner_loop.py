@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import NonFiniteError, StageError
-from metaopt.functional import Call, FunctionalModel, InnerModel, Models, ModelStructure, foreign_parameters
+from metaopt.functional import Call, FunctionalModel, InnerModel, Models
+from metaopt.graphs import foreign_parameters
 from metaopt.guards import naming_inference_tensors, refuse_recomputation, refuse_single_derivative
 from metaopt.losses import InnerLoss, require_scalar
 from metaopt.meta_params import AnyMetaParameters
+from metaopt.model_structure import ModelStructure
 from metaopt.optimizers import State, UpdateRule
 from metaopt.random_state import python_draws, seeded
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from metaopt.errors import ConfigError, did_you_mean
-from metaopt.functional import ModelStructure
+from metaopt.model_structure import ModelStructure
 
 PARAMETRISATIONS = ("softmax", "sigmoid")
 MOST_SHOWN = 32  # numbers that a summary lists

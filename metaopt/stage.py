@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from metaopt.data.streams import BatchStream
 from metaopt.errors import ConfigError, StageError
 from metaopt.estimators import Estimator, Unrolled
-from metaopt.functional import ModelStructure
 from metaopt.guards import refuse_unsupported, refuse_unusable
 from metaopt.handover import HandOver
 from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, Upstream
 from metaopt.learned import FromMeta
 from metaopt.losses import InnerLoss
 from metaopt.meta_params import AnyMetaParameters, as_named
+from metaopt.model_structure import ModelStructure
 from metaopt.optimizers import Schedule, UpdateRule, make_optimizer, per_element
 from metaopt.random_state import derived_seed, draw_seed, seeded
 

@@ -15,7 +15,7 @@ from torch.autograd import gradgradcheck
 
 import metaopt
 from metaopt.estimators import Checkpointed, Unrolled
-from metaopt.functional import _PlainWeightNorm
+from metaopt.model_structure import _PlainWeightNorm
 
 VALIDATION = feature_batches(1, seed=8)[0]
 

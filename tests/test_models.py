@@ -12,7 +12,8 @@ from transformers import BertConfig, BertModel, EncoderDecoderModel
 
 from metaopt import ConfigError
 from metaopt.data.decoding import evaluating, greedy_decode
-from metaopt.functional import FunctionalModel, ModelStructure
+from metaopt.functional import FunctionalModel
+from metaopt.model_structure import ModelStructure
 from metaopt.models import MLP, check_fits, encoder_decoder, pretrained_encoder_decoder
 
 TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -181,7 +181,7 @@ def test_a_function_of_one_derivative_is_refused(estimator: metaopt.Estimator):
 def test_finite_differences_of_weights_taken_as_given_are_refused():
     network = metaopt.WeightNetwork(3).double()
     chain = one_stage(estimator=Checkpointed(FiniteDifference()))
-    with pytest.raises(metaopt.StageError, match="stage 'only': FiniteDifference takes the Jacobian.*DoubleBackward"):
+    with pytest.raises(metaopt.StageError, match=r"stage 'only': FiniteDifference takes the Jacobian.*DoubleBackward"):
         metaopt.hypergradient(meta_loss(chain, network), network)
 
 

@@ -22,7 +22,8 @@ from metaopt.estimators.products.base import Loss, Pullback, Wanted, leaves, lin
 from metaopt.estimators.stores import StepRecord
 from metaopt.estimators.sweep import Key, Sweep, add
 from metaopt.estimators.update_vjp import Below
-from metaopt.functional import FunctionalModel, Models, nodes
+from metaopt.functional import FunctionalModel, Models
+from metaopt.graphs import nodes
 from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors
 

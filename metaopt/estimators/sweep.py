@@ -23,7 +23,8 @@ from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.stores import Kept, StepRecord, Tape
 from metaopt.estimators.update_vjp import Below, update_vjp
 from metaopt.estimators.upstream_outputs import OutputKey, UpstreamOutputs
-from metaopt.functional import FunctionalModel, graph_leaves
+from metaopt.functional import FunctionalModel
+from metaopt.graphs import graph_leaves
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
 

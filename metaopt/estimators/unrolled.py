@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from metaopt.estimators.base import Estimator
-from metaopt.functional import behind_boundary, differentiable_copy, stages_read
+from metaopt.functional import differentiable_copy
+from metaopt.graphs import behind_boundary, stages_read
 from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.optimizers import HigherOptimizer

@@ -1,0 +1,87 @@
+"""The autograd graph of an inner loss: where it ends, what it reaches, and whose parameters those are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.functional import FunctionalModel, Models
+
+Tensors = dict[str, Tensor]
+
+
+class _Boundary(torch.autograd.Function):
+    """Identity over many tensors as one node of the graph.
+
+    `autograd.grad(loss, params)` walks back until it is past every target. A parameter that the loss does not use
+    would make it walk the whole history at every step: O(T²). Behind one common node, no target lies deeper.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
+def behind_boundary(
+    params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel], joint: Collection[str]
+) -> tuple[Tensors, Models]:
+    """Pass an inner step's parameters, and all upstream weights, through identity nodes.
+
+    Args:
+        params: of the step.
+        upstream: name → model.
+        joint: the stages that the loss is known to read. They share the node of `params`, so that no walk goes past
+            it; the others have a node of their own, or a path that is cut would look like one that is there.
+    """
+    keyed: dict[tuple[str, str], Tensor] = {("", name): p for name, p in params.items()}
+    keyed |= {(stage, name): p for stage, model in upstream.items() for name, p in model.params.items()}
+    for group in [("", *joint), *((stage,) for stage in upstream if stage not in joint)]:
+        live = {key: p for key, p in keyed.items() if key[0] in group and p.requires_grad}
+        if live:
+            keyed |= dict(zip(live, _Boundary.apply(*live.values()), strict=True))
+    inner = {name: keyed["", name] for name in params}
+    return inner, Models({s: m._with({n: keyed[s, n] for n in m.params}) for s, m in upstream.items()})
+
+
+def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[str]:
+    """Return the upstream stages whose boundary a loss reaches, each behind a node of its own."""
+    reached = set(nodes([loss]))
+    boundaries = {stage: {p.grad_fn for p in model.params.values()} - {None} for stage, model in upstream.items()}
+    return [stage for stage, own in boundaries.items() if own & reached]
+
+
+def nodes(heads: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield the nodes of the graph of some tensors, up to the boundary and with it."""
+    seen: set[Any] = set()
+    stack: list[Any] = [head.grad_fn for head in heads]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if type(node).__name__ != "_BoundaryBackward":
+            stack += [parent for parent, _ in node.next_functions]
+
+
+def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the leaf tensors that require grad and that a loss reaches this side of the boundary."""
+    return (node.variable for node in nodes([loss]) if hasattr(node, "variable"))
+
+
+def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
+    """Name the modules' own parameters that a loss reaches directly, past the differentiable copies.
+
+    Args:
+        loss: an inner loss whose parameters stand behind a boundary.
+        owners: `id(parameter)` → its name, for every parameter of every stage's own module.
+    """
+    return sorted({owners[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in owners})
