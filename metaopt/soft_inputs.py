@@ -96,7 +96,8 @@ class GumbelSamples(FromUpstream):
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
         inputs = model_inputs(batch)
-        sample = self.sample(logits_of(self.taught(upstream, inputs)), model.step)
+        step = model.step if callable(self.temperature) else 0  # asked only if it matters: it differs from step to step
+        sample = self.sample(logits_of(self.taught(upstream, inputs)), step)
         fed = inputs if sample.dim() == 2 else with_soft_tokens(model, inputs, sample, self.shift)
         log_q = logits_of(model(**fed)).log_softmax(-1)
         if log_q.shape != sample.shape:

@@ -161,7 +161,8 @@ class FixedPointSweep(Sweep):
     def forward(self, start: Sequence[Tensor]) -> InnerResult:
         """Run every step; keep the last one, and the weights after it."""
         result = super().forward(start)
-        self.trained = {name: result.model.params[name] for name in self.loop.rule.names}
+        # detached: the stage's node, which these tensors get, refers to this sweep
+        self.trained = {name: result.model.params[name].detach() for name in self.loop.rule.names}
         return result
 
     def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
