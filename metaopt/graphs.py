@@ -38,17 +38,22 @@ def behind_boundary(
     Args:
         params: of the step.
         upstream: name → model.
-        joint: the stages that the loss is known to read. They share the node of `params`, so that no walk goes past
-            it; the others have a node of their own, or a path that is cut would look like one that is there.
+        joint: the stages that the loss is known to read. The node of `params` stands above theirs in the graph (by an
+            input that nothing comes out of), so that no walk towards `params` goes past them, nor computes gradients
+            of their weights. Not above the others: a path that is cut would look like one that is there.
     """
-    keyed: dict[tuple[str, str], Tensor] = {("", name): p for name, p in params.items()}
-    keyed |= {(stage, name): p for stage, model in upstream.items() for name, p in model.params.items()}
-    for group in [("", *joint), *((stage,) for stage in upstream if stage not in joint)]:
-        live = {key: p for key, p in keyed.items() if key[0] in group and p.requires_grad}
-        if live:
-            keyed |= dict(zip(live, _Boundary.apply(*live.values()), strict=True))
-    inner = {name: keyed["", name] for name in params}
-    return inner, Models({s: m._with({n: keyed[s, n] for n in m.params}) for s, m in upstream.items()})
+    models = Models()
+    below: list[Tensor] = []
+    for stage, model in upstream.items():
+        bounded = _bounded(model.params)
+        models[stage] = model._with({**model.params, **bounded})
+        below += list(bounded.values())[:1] if stage in joint else []
+    return {**params, **_bounded(params, below)}, models
+
+
+def _bounded(tensors: Mapping[str, Tensor], below: Collection[Tensor] = ()) -> Tensors:
+    live = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    return dict(zip(live, _Boundary.apply(*live.values(), *below), strict=False)) if live else {}
 
 
 def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[str]:

@@ -17,6 +17,8 @@ class FiniteDifference(Product):
 
     `u · ∂g/∂x ≈ (∂L/∂x (θ + εu) − ∂L/∂x (θ − εu)) / 2ε` with ε = epsilon · (1 + ‖θ‖) / ‖u‖ (Pearlmutter, 1994;
     Liu et al., 2019, arXiv:1806.09055). Error: O(ε²) truncation plus O(machine epsilon / ε) rounding.
+    The inner gradient must be that of a function: a padding row of an embedding that is read, which torch gives no
+    gradient, or something detached in the loss makes it another one.
 
     Args:
         epsilon: relative step; None for the cube root of the dtype's machine epsilon.
