@@ -78,6 +78,7 @@ _PUBLIC = {
     "WeightedLoss": "losses",
     "backward": "diagnostics.backward",
     "check_hypergradient": "diagnostics.check",
+    "compare_estimators": "diagnostics.fidelity",
     "explain_hypergradient": "diagnostics.explain",
     "grouped": "transforms",
     "hypergradient": "diagnostics.backward",
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     from metaopt.diagnostics.backward import hypergradient as hypergradient
     from metaopt.diagnostics.check import check_hypergradient as check_hypergradient
     from metaopt.diagnostics.explain import explain_hypergradient as explain_hypergradient
+    from metaopt.diagnostics.fidelity import compare_estimators as compare_estimators
     from metaopt.diagnostics.non_finite import locate_non_finite as locate_non_finite
     from metaopt.errors import ConfigError as ConfigError
     from metaopt.errors import MetaoptError as MetaoptError

@@ -1,4 +1,5 @@
-"""The commands: `metaopt`, one run in the order data flows, and `metaopt-check`, its hypergradient beside differences.
+"""The commands: `metaopt`, one run in the order data flows; `metaopt-check`, its hypergradient beside differences;
+`metaopt-fidelity`, estimators beside the exact hypergradient.
 
 Torch takes seconds to import, and shell completion runs this module at every TAB: whatever needs it is imported late.
 """
@@ -59,6 +60,23 @@ def check(config: DictConfig, folder: str) -> str:
     return result.verdict
 
 
+def compare_estimators(config: DictConfig, folder: str) -> Any:
+    """Build the parts, warm up, compare the estimators, report; return the `FidelityResult`.
+
+    Args:
+        config: as `metaopt.config.prepare` returns it.
+        folder: where the comparison writes.
+    """
+    from metaopt.fidelity_run import FidelityRun
+
+    config, _, trainer = assemble(config)
+    run = FidelityRun(config, folder, trainer)
+    run.warm_up()
+    result = run.compare()
+    run.report(result)
+    return result
+
+
 def assemble(config: DictConfig, observers: Sequence[Callable[..., None]] = ()) -> tuple[DictConfig, Any, Any]:
     """Return the config with the facts of its data, the data, and the trainer that holds everything else."""
     from metaopt import build
@@ -88,6 +106,11 @@ def _check(composed: DictConfig) -> None:
     _verdicts.append(check(*_prepared(composed)))
 
 
+@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="fidelity")
+def _compare(composed: DictConfig) -> None:
+    compare_estimators(*_prepared(composed))
+
+
 def main() -> None:
     """Run `metaopt`."""
     _run(_train)
@@ -98,6 +121,11 @@ def check_main() -> None:
     _run(_check)
     found = [verdict for verdict in ("differs", "undecided") if verdict in _verdicts]
     sys.exit(EXIT_CODES[found[0]] if found else 0)
+
+
+def fidelity_main() -> None:
+    """Run `metaopt-fidelity`."""
+    _run(_compare)
 
 
 def _run(command: Callable[[], Any]) -> None:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from metaopt.errors import ConfigError
 from metaopt.schedules import Schedule as Schedule
 from metaopt.torch_optim.flattened import JointStep as JointStep
-from metaopt.torch_optim.flattened import State
+from metaopt.torch_optim.flattened import State, in_parts
 from metaopt.torch_optim.hyperparameters import Group, Overrides, check_overrides, learned_rates, with_overrides
 from metaopt.torch_optim.kinds import SUPPORTED as SUPPORTED
 from metaopt.torch_optim.kinds import carries_gradient as carries_gradient
@@ -113,8 +113,12 @@ class UpdateRule:
         gradients: Mapping[str, Tensor | None],
         state: State,
         overrides: Overrides | None = None,
+        most: int | None = None,
     ) -> Iterator[JointStep]:
-        """Yield the step of each group of parameters that are treated alike, as one step on their concatenation."""
+        """Yield the step of each group of parameters that are treated alike, as one step on their concatenation.
+
+        Of at most `most` elements, where it is given and several parameters are joined.
+        """
         overrides = overrides or {}
         self.check_overrides(overrides)
         linear = self._kind.linear_in_rate
@@ -123,10 +127,10 @@ class UpdateRule:
             scales = learned_rates(group) if linear else None
             hyperparameters = {k: tracked(v) for k, v in group.hyperparameters.items()}
             hyperparameters |= {} if scales is None else {"lr": 1.0}
-            for bucket in self._buckets(names, params, state):
+            for bucket in self._buckets(names, params, state, most):
                 yield JointStep(bucket, params, self.optimizer, self._kind.step, hyperparameters, scales)
 
-    def _buckets(self, names: Sequence[str], params: Tensors, state: State) -> Iterator[list[str]]:
+    def _buckets(self, names: Sequence[str], params: Tensors, state: State, most: int | None) -> Iterator[list[str]]:
         """Group parameters that one step on their concatenation treats alike: dtype, device, state keys, step count."""
         found: dict[Any, list[str]] = defaultdict(list)
         for name in names:
@@ -136,7 +140,8 @@ class UpdateRule:
             )
             alone = None if self._kind.elementwise else name
             found[alone, params[name].dtype, params[name].device, shared].append(name)
-        yield from found.values()
+        for bucket in found.values():
+            yield from [bucket] if most is None else in_parts(bucket, params, most)
 
     def set_hyperparameters(self, bound: Optimizer, overrides: Overrides) -> None:
         """Give a bound optimizer the hyperparameters of one step, as plain values; the rest are the user's own."""

@@ -90,6 +90,18 @@ class CheckSchema:
 
 
 @dataclass
+class FidelitySchema:
+    """`fidelity`: what `metaopt-fidelity` compares."""
+
+    estimators: dict[str, Any]
+    warmup_steps: int | None = at_least(0, None)
+    meta_steps: int = at_least(0, 0)
+    num_points: int = at_least(1, 1)
+    point_every: int = at_least(1, 10)
+    num_runs: int = at_least(1, 5)
+
+
+@dataclass
 class LimitsSchema:
     """`limits`."""
 
@@ -111,6 +123,7 @@ class RunSchema:
     final: FinalSchema
     output: OutputSchema
     check: CheckSchema
+    fidelity: FidelitySchema
     limits: LimitsSchema
     logger: Target | None = None
     facts: dict[str, Any] | None = None
@@ -129,6 +142,7 @@ SECTIONS: dict[str, type] = {
     "final": FinalSchema,
     "output": OutputSchema,
     "check": CheckSchema,
+    "fidelity": FidelitySchema,
     "limits": LimitsSchema,
 }
 
@@ -164,6 +178,7 @@ def problems_of(plain: Raw, untouched: Mapping[str, str]) -> Iterator[str]:
         else:
             yield from _problems_of_section(f"stages.{name}", stage, StageSchema, untouched)
     yield from _problems_of_meta_params(plain.get("meta_params"))
+    yield from _problems_of_targets("fidelity.estimators", value_at(plain, "fidelity.estimators"))
 
 
 def _problems_of_section(where: str, node: Any, schema: type, untouched: Mapping[str, str]) -> Iterator[str]:
@@ -224,10 +239,14 @@ def _problems_of_value(path: str, value: Any, hint: Any, minimum: float | None) 
 
 def _problems_of_meta_params(node: Any) -> Iterator[str]:
     if isinstance(node, Mapping) and node and "_target_" not in node:
-        for name, part in node.items():
-            yield from problems_of_target(f"meta_params.{name}", part)
+        yield from _problems_of_targets("meta_params", node)
     else:
         yield from problems_of_target("meta_params", node)
+
+
+def _problems_of_targets(where: str, nodes: Any) -> Iterator[str]:
+    for name, node in (nodes if isinstance(nodes, Mapping) else {}).items():
+        yield from problems_of_target(f"{where}.{name}", node)
 
 
 def _problems_of_names(plain: Raw) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,12 @@ class Deviation:
     relative_error: float
 
     @classmethod
-    def mean(cls, found: Iterable[Deviation]) -> Deviation:
-        """Return the mean over several points of a training."""
-        found = list(found)
-        cosine, error = (sum(values) / len(found) for values in zip(*map(dataclasses.astuple, found), strict=True))
-        return cls(cosine, error)
+    def mean(cls, found: Sequence[Deviation]) -> Deviation | None:
+        """Return the mean over several points of a training; None over none."""
+        if not found:
+            return None
+        columns = zip(*map(dataclasses.astuple, found), strict=True)
+        return cls(*(sum(column) / len(found) for column in columns))
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class FidelityRow:
         """The row as shown."""
         if self.in_float64 is None:
             return self.name, "fails", *[""] * 5
-        deviation = f"{self.in_float64.cosine:.4f}", f"{self.in_float64.relative_error:.1e}"
-        in_run = "fails" if self.in_run is None else f"{self.in_run.relative_error:.1e}"
+        deviation = f"{self.in_float64.cosine:.4f}", _error(self.in_float64)
+        in_run = "fails" if self.in_run is None else _error(self.in_run)
         return self.name, *deviation, in_run, *([""] * 3 if self.cost is None else self.cost.cells)
 
 
@@ -100,7 +101,7 @@ class FidelityResult:
         num_points: of the training, at which errors were measured.
         num_runs: that were timed.
         warnings: what estimators warned of.
-        biases: why the exact hypergradient itself is an estimate by design.
+        notes: on what the errors are measured against.
     """
 
     rows: tuple[FidelityRow, ...]
@@ -111,7 +112,7 @@ class FidelityResult:
     num_points: int
     num_runs: int
     warnings: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -137,9 +138,7 @@ class FidelityResult:
         for row in self.rows:
             if row.exact and row.in_float64 is not None and not row.is_exact:
                 found.append(f"{row.name} says that it is exact, and differs from it: look in {row.estimator}")
-        if self.biases:
-            found.append(f"the exact hypergradient is itself an estimate by design: {'; '.join(self.biases)}")
-        return found
+        return [*found, *self.notes]
 
     @property
     def recommendation(self) -> list[str]:
@@ -147,16 +146,12 @@ class FidelityResult:
         known: set[str] = set()  # the chain's own, which comes last, may be one of those before it
         rows = [r for r in self.rows if r.cost and not (r.failure or r.estimator in known or known.add(r.estimator))]
         exact, near = [row for row in rows if row.is_exact], [row for row in rows if row.is_near]
-        picks: dict[str, list[str]] = {}
-        for what, among, cost in (
-            ("exact in the fewest bytes", exact, _bytes),
-            ("exact in the least time", exact, _time),
-            (f"cosine ≥ {NEAR} in the fewest bytes", near, _bytes),
-            (f"cosine ≥ {NEAR} in the least time", near, _time),
-        ):
-            if among:
-                picks.setdefault(_shown(min(among, key=cost)), []).append(what)
-        return [f"{', '.join(what)}: {pick}" for pick, what in picks.items()]
+        choices = (
+            ("fewest bytes, exact", exact, _bytes),
+            ("least time, exact", exact, _time),
+            (f"least time, cosine ≥ {NEAR}", near, _time),
+        )
+        return [f"{what}: {_shown(min(among, key=cost))}" for what, among, cost in choices if among]
 
     def __str__(self) -> str:
         cells = self.cells
@@ -180,4 +175,9 @@ def _time(row: FidelityRow) -> float:
 
 def _shown(row: FidelityRow) -> str:
     time, peak, _ = row.cost.cells if row.cost else ("", "", "")
-    return f"{row.name} ({peak}, {time} the time of plain training, rel. error {row.error:.1e})"
+    error = "" if row.in_run is None else _error(row.in_run)
+    return f"{row.name} ({peak}, {time} plain training, rel. error {error})"
+
+
+def _error(found: Deviation) -> str:
+    return f"{found.relative_error:.1e}" if found.relative_error else "0"

@@ -20,8 +20,8 @@ from metaopt.errors import NonFiniteError
 from metaopt.estimators.products import DoubleBackward
 from metaopt.estimators.products.base import Loss, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.stores import StepRecord
-from metaopt.estimators.sweep import Key, Sweep, add
-from metaopt.estimators.update_vjp import Below
+from metaopt.estimators.sweep import Key, Sweep
+from metaopt.estimators.update_vjp import Below, add
 from metaopt.functional import FunctionalModel, Models
 from metaopt.graphs import nodes
 from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream

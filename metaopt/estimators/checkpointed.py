@@ -25,13 +25,13 @@ class Checkpointed(Estimator):
     | store | kept | plain trainings' flops, in all |
     |---|---|---|
     | `states` | T·S | 4 |
-    | `gradients` | T·θ + 2√T·S | 4 |
-    | `recompute` | 2√T·S | 5 |
+    | `gradients` | T·θ + about 2√T·S | 4 |
+    | `recompute` | about 2√T·S | 5 |
 
     Args:
         product: how `u ∂²L` is computed; `DoubleBackward()` if None.
         store: `gradients`, `states`, `recompute`, or `auto`: the quickest whose stored steps fit in `budget`.
-        place: where the stored steps lie: `device`, `host` (pinned memory) or `disk`. One segment of √T steps is on
+        place: where the stored steps lie: `device`, `host` (pinned memory) or `disk`. A segment of about √T steps is on
             the device while it is swept.
         budget: of `auto`: bytes, or a text such as `"2 GB"`.
         folder: of `disk`: where to write; the system's temporary folder if None.

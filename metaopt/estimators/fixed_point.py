@@ -15,8 +15,8 @@ from metaopt.estimators.base import Estimator
 from metaopt.estimators.products import DoubleBackward, Product
 from metaopt.estimators.products.base import Wanted
 from metaopt.estimators.step_loss import Key
-from metaopt.estimators.sweep import Sweep, Tensors, add
-from metaopt.estimators.update_vjp import Below
+from metaopt.estimators.sweep import Sweep, Tensors
+from metaopt.estimators.update_vjp import Below, add
 from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.ranges import check_counts

@@ -33,7 +33,7 @@ class Tape:
     """The stored steps of one inner loop; `rebuild(t)` gives a step back, from the last to the first.
 
     `states` keeps every step's weights and optimizer state. `gradients` keeps every step's gradient and a state every
-    √T steps, from which the states between are rebuilt by elementwise updates. `recompute` keeps a state every √T
+    √2T steps, from which the states between are rebuilt by elementwise updates. `recompute` keeps a state every √2T
     steps only, and computes the gradients between anew.
 
     Args:
@@ -106,5 +106,5 @@ class Tape:
 
 
 def spacing(num_steps: int) -> int:
-    """Return how many steps lie between two kept states: √T, which makes kept and rebuilt states equally many."""
-    return max(1, math.isqrt(max(num_steps - 1, 0)) + 1)
+    """Return how many steps lie between two kept states: √2T, which is best where two stages keep states at once."""
+    return max(1, math.isqrt(max(2 * num_steps - 1, 0)) + 1) if num_steps > 1 else 1

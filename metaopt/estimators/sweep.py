@@ -21,7 +21,7 @@ from metaopt.estimators.products import Product
 from metaopt.estimators.products.base import Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.stores import Kept, StepRecord, Tape
-from metaopt.estimators.update_vjp import Below, update_vjp
+from metaopt.estimators.update_vjp import Below, add, update_vjp
 from metaopt.estimators.upstream_outputs import OutputKey, UpstreamOutputs
 from metaopt.functional import FunctionalModel
 from metaopt.graphs import graph_leaves
@@ -205,12 +205,6 @@ class Sweep:
 def versions(tree: Any) -> list[int]:
     """Return how often each tensor in a nested structure has been written to."""
     return [x._version for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and not x.is_inference()]
-
-
-def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:
-    """Add a cotangent to those of the same tensor."""
-    if cotangent is not None:
-        sums[key] = sums[key] + cotangent if key in sums else cotangent
 
 
 def _will_run_again() -> bool:

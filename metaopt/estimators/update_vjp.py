@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from metaopt.estimators.products.base import leaves
 from metaopt.estimators.stores import StepRecord
@@ -16,6 +17,7 @@ from metaopt.meta_params import AnyMetaParameters, rebound
 from metaopt.optimizers import JointStep, carries_gradient, per_element
 
 Tensors = dict[str, Tensor]
+MOST_ELEMENTS = 2**16
 StateKey = tuple[str, str]  # (parameter; which piece of its optimizer state)
 
 
@@ -38,7 +40,8 @@ def update_vjp(
 ) -> tuple[Below, Tensors, Tensors]:
     """Return the cotangents of what goes into `update`, from those of what comes out.
 
-    Parameters that the optimizer treats alike are one tensor here, which saves most of the time of many small ones.
+    Parameters that the optimizer treats alike are joined, which saves most of the time of many small ones; in parts of
+    bounded size, so that what the step computes between is never as large as the model.
 
     Args:
         loop, t, record: the step, and what it was at.
@@ -52,26 +55,30 @@ def update_vjp(
     """
     present = {name: g for name, g in gradient.items() if g is not None}
     learned = as_leaves(learned)
+    below = Below({n: c for n, c in above.params.items() if n not in present})
+    below.state = {(n, k): c for (n, k), c in above.state.items() if n not in present}
+    of_gradient: Tensors = {}
+    of_learned: Tensors = {}
     with torch.enable_grad(), rebound(meta_params, learned):
         raw = as_leaves(present) if loop.transform is not None else {}
         given = loop.transformed({**gradient, **raw})
         hyperparameters = loop.hyperparameters(t, meta_params)
-        steps = loop.rule.parts(record.params, given, record.state, hyperparameters)
-        parts = [_Part(step, record, given, above, joint_leaf=not raw) for step in steps]
-    found = _vjp(
-        [head for part in parts for head in part.heads],
-        [x for part in parts for x in part.inputs] + list(raw.values()) + list(learned.values()),
-    )
-    stepped = {name for part in parts for name in part.step.names}
-    below = Below(
-        {n: c for n, c in above.params.items() if n not in stepped},
-        {(n, k): c for (n, k), c in above.state.items() if n not in stepped},
-    )
-    of_gradient: Tensors = {}
-    for part in parts:
-        part.give_back(found, below, of_gradient)
-    of_gradient |= {name: c for name in raw if (c := next(found)) is not None}
-    return below, of_gradient, {name: c for name in learned if (c := next(found)) is not None}
+        shared = bool(raw) or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(hyperparameters))
+        for step in loop.rule.parts(record.params, given, record.state, hyperparameters, most=MOST_ELEMENTS):
+            part = _Part(step, record, given, above, joint_leaf=not raw)
+            found = _vjp(part.heads, [*part.inputs, *raw.values(), *learned.values()], retain_graph=shared)
+            part.give_back(found, below, of_gradient)
+            for names, sums in ((raw, of_gradient), (learned, of_learned)):
+                for name in names:
+                    add(sums, name, next(found))
+            del part, found
+    return below, of_gradient, of_learned
+
+
+def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:
+    """Add a cotangent to those of the same tensor."""
+    if cotangent is not None:
+        sums[key] = sums[key] + cotangent if key in sums else cotangent
 
 
 class _Part:
@@ -125,9 +132,11 @@ def as_leaves(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     return dict(zip(tensors, leaves(list(tensors.values())), strict=True))
 
 
-def _vjp(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> Iterator[Tensor | None]:
+def _vjp(
+    outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], retain_graph: bool
+) -> Iterator[Tensor | None]:
     outputs = [(head, weight) for head, weight in outputs if head.requires_grad]
     if not outputs:
         return iter([None] * len(inputs))
     heads, weights = zip(*outputs, strict=True)
-    return iter(torch.autograd.grad(heads, inputs, weights, allow_unused=True))
+    return iter(torch.autograd.grad(heads, inputs, weights, allow_unused=True, retain_graph=retain_graph))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,3 +78,17 @@ class JointStep(Flattened):
             return first
         each = (torch.as_tensor(s, dtype=param.dtype, device=param.device) for s in self._scales)
         return torch.cat([s.reshape(1).expand(size) for s, size in zip(each, self._sizes, strict=True)])
+
+
+def in_parts(names: Sequence[str], params: Tensors, most: int) -> Iterator[list[str]]:
+    """Yield the names in order, in lists whose parameters have at most `most` elements together, or are one."""
+    part: list[str] = []
+    size = 0
+    for name in names:
+        if part and size + params[name].numel() > most:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += params[name].numel()
+    if part:
+        yield part
