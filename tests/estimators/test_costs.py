@@ -103,7 +103,7 @@ def test_flops_reach_their_floor(name):
 
 def growth(estimator: Callable[[], Estimator], optimizer: Any) -> tuple[float, float]:
     """Return b and c of `peak = a + b √T + c T` through three T, in weights per stage."""
-    steps = (4, 9, 25)
+    steps = (8, 18, 32)  # √2T is whole, so that the segments are alike
     peaks = [cost_of(peak_bytes, estimator, t, optimizer) / WEIGHTS / STAGES for t in steps]
     powers = torch.tensor([[1.0, t**0.5, t] for t in steps], dtype=torch.float64)
     _, root, linear = torch.linalg.solve(powers, torch.tensor(peaks, dtype=torch.float64)).tolist()
