@@ -18,15 +18,15 @@ from metaopt.estimators import Checkpointed, FirstOrder, Truncated, Unrolled
 from metaopt.estimators.storage import _options, parse_bytes
 from metaopt.meters import peak_bytes
 
-SIZE, STEPS = 64, 25
+SIZE, STEPS = 64, 32
 WEIGHTS = SIZE * SIZE * 8  # θ
 STATE = 3 * WEIGHTS + 4  # weights, two moments and a count of steps
 PREDICTED = {
     ("states", "device"): STEPS * STATE,
-    ("gradients", "device"): STEPS * WEIGHTS + 10 * STATE,  # a state every 5 steps, and 5 of one segment
-    ("recompute", "device"): 10 * STATE,
-    ("gradients", "disk"): 5 * (STATE + WEIGHTS),
-    ("recompute", "disk"): 5 * STATE,
+    ("gradients", "device"): STEPS * WEIGHTS + 12 * STATE,  # a state every 8 steps, and 8 of one segment
+    ("recompute", "device"): 12 * STATE,
+    ("gradients", "disk"): 8 * (STATE + WEIGHTS),
+    ("recompute", "disk"): 8 * STATE,
 }
 
 
@@ -66,11 +66,11 @@ def beside() -> int:
 
 @pytest.mark.parametrize(("store", "place"), PREDICTED)
 def test_predictions_are_what_is_held(store, place, beside, tmp_path):
-    """Never more; less by two states at most, since a segment shares its first with the kept ones."""
+    """Never more; less by a few states: a segment shares its first with the kept ones, and the meter sees no file."""
     options = {(s, p): size for s, p, size in _options(STEPS, WEIGHTS, STATE, "cpu")}
     assert options == PREDICTED
     peak = peak_bytes(lambda: run(Checkpointed(store=store, place=place, folder=tmp_path)))
-    assert -2.1 * STATE < peak - beside - PREDICTED[store, place] < 0.1 * WEIGHTS
+    assert -3 * STATE < peak - beside - PREDICTED[store, place] < 0.1 * WEIGHTS
 
 
 @pytest.mark.parametrize("choice", PREDICTED)
