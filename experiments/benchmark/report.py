@@ -89,7 +89,7 @@ def memory(work: WorkResults) -> str:
 
     def megabytes(name: str, key: str) -> str:
         value = work.get(t, name, key)
-        return number(None if value is None else value / 1e6, ".3g")
+        return number(None if value is None else value / 1e6, ",.0f")
 
     return per_steps(
         work,
@@ -166,7 +166,7 @@ def summary(sessions: Sequence[dict[str, Any]], works: Sequence[WorkResults]) ->
         rows.append([
             c.label, error(work.get(work.short, n, "float64, sgd", "relative")),
             number(work.get(t, n, "float32", "cosine"), ".3f"), number(work.flops(n), ".1f"),
-            number(work.time(t, n), ".1f"), number(None if held is None else held / 1e6, ".3g"), largest(work, n),
+            number(work.time(t, n), ".1f"), number(None if held is None else held / 1e6, ",.0f"), largest(work, n),
         ])  # fmt: skip
     lines = [f"BERT2BERT → BERT2BERT ({work.title}), T = {t} steps each; flops and time over plain training.\n"]
     lines += [table(head, rows)]
