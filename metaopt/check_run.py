@@ -3,57 +3,27 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import OmegaConf
 from rich.text import Text
 
 from metaopt import report
 from metaopt.chain import Chain
-from metaopt.config import as_yaml
 from metaopt.diagnostics.check import CheckResult, check_hypergradient, num_runs
 from metaopt.diagnostics.explain import explain_hypergradient, explained
 from metaopt.errors import ConfigError, MissingPathError
+from metaopt.inspection import Inspection
 from metaopt.meta_params import AnyMetaParameters, named_tensors
-from metaopt.run import FEW, WIDTH
+from metaopt.run import FEW
 from metaopt.tracking import progress_bar, versions
-from metaopt.trainer import MetaTrainer
 
 
-class CheckRun:
-    """One check: its folder, its console, and the built parts.
+class CheckRun(Inspection):
+    """One check; `check.json` goes to its folder."""
 
-    Args:
-        config: the prepared config, with the facts of the data.
-        folder: where `config.yaml` and `check.json` go; made if it is not there.
-        trainer: of the run that would be started.
-    """
-
-    def __init__(self, config: DictConfig, folder: str | Path, trainer: MetaTrainer) -> None:
-        if not trainer.learns:
-            raise ConfigError(
-                "there is no hypergradient to check: these meta-parameters hold nothing to be learned; choose others, "
-                "such as meta_params=example_weights"
-            )
-        self.config, self.trainer, self.path = config, trainer, Path(folder)
-        self.console = Console(width=None if sys.stdout.isatty() else WIDTH)  # a log file has no width of its own
-        self._start = time.perf_counter()
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(as_yaml(config))
-        self.console.print(f"{trainer.chain!r}; writing to {self.path}")
-
-    def warm_up(self) -> None:
-        """Train each stage for `check.warmup_steps`, or its own `warmup_steps`, by plain optimizers."""
-        stages, given = self.config.stages, self.config.check.warmup_steps
-        steps = {str(n): stages[n].warmup_steps if given is None else given for n in self.config.chain}
-        if any(steps.values()):
-            with progress_bar(self.console, "warm-up", sum(steps.values())) as advance:
-                chain, meta_params = self.trainer.chain, self.trainer.meta_params
-                chain.train(meta_params, num_steps=steps, on_step=lambda name, step, loss: advance(name))
+    section, verb = "check", "check"
 
     def check(self) -> CheckResult:
         """Compare the hypergradient of the next meta-step with differences, with a progress bar."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,49 +15,29 @@ from rich.table import Table
 from rich.text import Text
 
 from metaopt import build, report
-from metaopt.config import as_yaml
 from metaopt.diagnostics.explain import explained
 from metaopt.diagnostics.fidelity import OWN, compare_estimators, num_calls
 from metaopt.diagnostics.fidelity_result import FidelityResult, FidelityRow
 from metaopt.errors import ConfigError, MissingPathError
 from metaopt.estimators import Estimator
-from metaopt.run import WIDTH
+from metaopt.inspection import Inspection
 from metaopt.tracking import progress_bar, versions
 from metaopt.trainer import MetaTrainer
 
 
-class FidelityRun:
-    """One comparison: its folder, its console, and the built parts.
+class FidelityRun(Inspection):
+    """One comparison; `fidelity.json` and `fidelity.png` go to its folder."""
 
-    Args:
-        config: the prepared config, with the facts of the data.
-        folder: where `config.yaml`, `fidelity.json` and `fidelity.png` go; made if it is not there.
-        trainer: of the run that would be started.
-    """
+    section, verb = "fidelity", "compare"
 
     def __init__(self, config: DictConfig, folder: str | Path, trainer: MetaTrainer) -> None:
-        if not trainer.learns:
-            raise ConfigError(
-                "there is no hypergradient to compare: these meta-parameters hold nothing to be learned; choose "
-                "others, such as meta_params=example_weights"
-            )
-        self.config, self.trainer, self.path = config, trainer, Path(folder)
         self.estimators = {str(name): _estimator(config, str(name)) for name in config.fidelity.estimators}
-        self.console = Console(width=None if sys.stdout.isatty() else WIDTH)  # a log file has no width of its own
-        self._start = time.perf_counter()
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(as_yaml(config))
-        self.console.print(f"{trainer.chain!r}; writing to {self.path}")
+        super().__init__(config, folder, trainer)
 
     def warm_up(self) -> None:
-        """Go to the first point: `fidelity.warmup_steps` (or each stage's own) plain steps, then the meta-steps."""
-        config, options = self.config, self.config.fidelity
-        given = options.warmup_steps
-        steps = {str(n): config.stages[n].warmup_steps if given is None else given for n in config.chain}
-        if any(steps.values()):
-            with progress_bar(self.console, "warm-up", sum(steps.values())) as advance:
-                chain, meta_params = self.trainer.chain, self.trainer.meta_params
-                chain.train(meta_params, num_steps=steps, on_step=lambda name, step, loss: advance(name))
+        """Go to the first point: plain steps, then the meta-steps."""
+        super().warm_up()
+        options = self.config.fidelity
         if options.meta_steps:
             with progress_bar(self.console, "meta-steps", options.meta_steps) as advance:
                 for _ in range(options.meta_steps):
