@@ -98,21 +98,12 @@ class FunctionalModel:
         """Of the module that this model is a view of."""
         return self._structure
 
-    def with_call(
-        self, call: Call, params: Mapping[str, Tensor] | None = None, buffers: Tensors | None = None
+    def _with(
+        self, params: Mapping[str, Tensor], training: bool | None = None, buffers: Tensors | None = None
     ) -> FunctionalModel:
-        """Return the same model with another way to run it, and with other tensors where they are given."""
-        params, buffers = self.params if params is None else params, self.buffers if buffers is None else buffers
-        state = self.optimizer_state
-        return FunctionalModel(
-            self._structure, params, buffers, training=self.training, optimizer_state=state, call=call
-        )
-
-    def _with(self, params: Mapping[str, Tensor], training: bool | None = None) -> FunctionalModel:
-        mode = self.training if training is None else training
-        return FunctionalModel(
-            self._structure, params, self.buffers, training=mode, optimizer_state=self.optimizer_state
-        )
+        mode, state = self.training if training is None else training, self.optimizer_state
+        buffers = self.buffers if buffers is None else buffers
+        return FunctionalModel(self._structure, params, buffers, training=mode, optimizer_state=state)
 
 
 class Models(dict[str, FunctionalModel]):

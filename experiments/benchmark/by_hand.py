@@ -25,13 +25,13 @@ def plain(work: Work) -> Run:
         weights = work.logits.detach().sigmoid()
         with twice_differentiable():
             optimizer = work.optimizer(teacher.parameters())
-            for batch in work.batches("train"):
+            for batch in work.train:
                 with work.casting():
                     loss = weighted_loss(teacher, batch, weights[batch["index"]])
                 _plain_step(loss, optimizer)
             teacher.requires_grad_(False)
             optimizer = work.optimizer(student.parameters())
-            for batch in work.batches("unlabelled"):
+            for batch in work.unlabelled:
                 with work.casting():
                     loss = distillation(student, batch, teacher)
                 _plain_step(loss, optimizer)
@@ -56,11 +56,11 @@ def with_higher(work: Work) -> Run:
             higher.innerloop_ctx(teacher, first_optimizer) as (first, first_steps),
             higher.innerloop_ctx(student, second_optimizer) as (second, second_steps),
         ):
-            for batch in work.batches("train"):
+            for batch in work.train:
                 with work.casting():
                     loss = weighted_loss(first, batch, work.logits[batch["index"]].sigmoid())
                 first_steps.step(loss)
-            for batch in work.batches("unlabelled"):
+            for batch in work.unlabelled:
                 with work.casting():
                     loss = distillation(second, batch, first)
                 second_steps.step(loss)
@@ -170,9 +170,9 @@ def by_formula(work: Work, checkpointed: bool = False) -> Run:
 
         second = HandUnroll(work, second_model, student_loss, checkpointed)
         with twice_differentiable():
-            taught = first.train(list(work.batches("train")), [work.logits])
+            taught = first.train(work.train, [work.logits])
             handed = [w.detach().requires_grad_() for w in taught]
-            trained = second.train(list(work.batches("unlabelled")), handed)
+            trained = second.train(work.unlabelled, handed)
             with work.casting():
                 loss = validation_loss(second.with_weights(trained), work.validation)
             cotangents = torch.autograd.grad(loss, handed)

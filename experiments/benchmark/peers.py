@@ -30,12 +30,12 @@ def with_torchopt(work: Work) -> Run:
         teacher, student = work.models()
         with twice_differentiable():
             optimizer = kind(teacher, **options)
-            for batch in work.batches("train"):
+            for batch in work.train:
                 with work.casting():
                     loss = weighted_loss(teacher, batch, work.logits[batch["index"]].sigmoid())
                 optimizer.step(loss)
             optimizer = kind(student, **options)
-            for batch in work.batches("unlabelled"):
+            for batch in work.unlabelled:
                 with work.casting():
                     loss = distillation(student, batch, teacher)
                 optimizer.step(loss)
@@ -105,8 +105,8 @@ def with_betty(work: Work, method: str, **settings: Any) -> Run:
     def run() -> Tensor:
         first, second = work.models()
         weights = Weights(work.logits)
-        teacher = problem(Teacher, "teacher", first, work.optimizer, list(work.train))
-        student = problem(Student, "student", second, work.optimizer, list(work.unlabelled))
+        teacher = problem(Teacher, "teacher", first, work.optimizer, work.train)
+        student = problem(Student, "student", second, work.optimizer, work.unlabelled)
         outer = problem(Outer, "outer", weights, functools.partial(Kept, lr=0.0), [work.validation])
         upward = {"u2l": {outer: [teacher]}, "l2u": {teacher: [student], student: [outer]}}
         strategy = "gpu" if work.spec.device == "cuda" else "cpu"

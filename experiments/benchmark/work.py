@@ -39,7 +39,6 @@ class Spec:
     layers: int = 2
     autocast: bool = False
     small: bool = False
-    num_batches: int = 8
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Work:
 
     Args:
         teacher, student: the models, at the weights that every run starts from.
-        train, unlabelled: batches, cycled; each example of `train` has an `index` into A.
+        train, unlabelled: a batch for every inner step; each example of `train` has an `index` into A.
         validation: the batch of the meta-loss.
         logits: A before its sigmoid.
     """
@@ -70,12 +69,6 @@ class Work:
         """The inner optimizer, without its parameters."""
         kind, options = OPTIMIZERS[self.spec.optimizer]
         return functools.partial(kind, **options)
-
-    def batches(self, of: str) -> Iterator[Batch]:
-        """Yield the batch of every inner step of a training."""
-        batches = getattr(self, of)
-        for t in range(self.spec.num_steps):
-            yield batches[t % len(batches)]
 
     def casting(self) -> Any:
         """Return the context in which every contestant runs a forward."""
@@ -127,7 +120,7 @@ def build(spec: Spec) -> Work:
     make, data = WORKLOADS[spec.workload]
     teacher, student = make(spec), make(spec)
     train, unlabelled, validation = data(spec)
-    examples = sum(len(batch["labels"]) for batch in train)
+    examples = 1 + max(int(batch["index"].max()) for batch in train)
     work = Work(spec, teacher, student, train, unlabelled, validation, torch.randn(examples))
     return _moved(work)
 
@@ -170,22 +163,20 @@ def perceptron(spec: Spec) -> nn.Module:
 
 
 def digits(spec: Spec) -> tuple[list[Batch], list[Batch], Batch]:
-    """scikit-learn's 8×8 images; four in ten of the teacher's labels are drawn at random."""
-    size = 16 if spec.small else 64
+    """scikit-learn's 8×8 images, drawn anew for every batch; four in ten of the teacher's labels are random."""
+    size, count = (16, 64) if spec.small else (64, 512)
     images, classes = load_digits(return_X_y=True)
     order = torch.randperm(len(classes))
     inputs = torch.as_tensor(images / 16.0, dtype=torch.float32)[order]
     labels = torch.as_tensor(classes, dtype=torch.long)[order]
-    wrong = torch.rand(len(labels)) < 0.4
+    noisy = torch.where(torch.rand(len(labels)) < 0.4, torch.randint(10, labels.shape), labels)
 
-    def batch(number: int, noisy: bool) -> Batch:
-        rows = slice(size * number, size * (number + 1))
-        shown = torch.where(wrong[rows], torch.randint(10, (size,)), labels[rows]) if noisy else labels[rows]
-        return {"inputs": inputs[rows], "labels": shown}
+    def batches(start: int, shown: Tensor) -> list[Batch]:
+        drawn = [torch.randperm(count)[:size] for _ in range(spec.num_steps)]
+        return [{"inputs": inputs[start + i], "labels": shown[start + i], "index": i} for i in drawn]
 
-    n = spec.num_batches
-    train = [{**batch(i, True), "index": torch.arange(size) + size * i} for i in range(n)]
-    return train, [batch(n + i, False) for i in range(n)], batch(2 * n, False)
+    validation = slice(2 * count, 2 * count + size)
+    return batches(0, noisy), batches(count, labels), {"inputs": inputs[validation], "labels": labels[validation]}
 
 
 def bert2bert(spec: Spec) -> nn.Module:
@@ -212,8 +203,8 @@ def tokens(spec: Spec) -> tuple[list[Batch], list[Batch], Batch]:
     def batch() -> Batch:
         return {name: draw() for name in ("input_ids", "decoder_input_ids", "labels")}
 
-    train = [{**batch(), "index": torch.arange(size) + size * i} for i in range(spec.num_batches)]
-    return train, [batch() for _ in range(spec.num_batches)], batch()
+    train = [{**batch(), "index": torch.arange(size) + size * i} for i in range(spec.num_steps)]
+    return train, [batch() for _ in range(spec.num_steps)], batch()
 
 
 def _length(spec: Spec) -> int:

@@ -21,7 +21,7 @@ from metaopt.estimators.products import DoubleBackward
 from metaopt.estimators.products.base import Loss, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.stores import StepRecord
 from metaopt.estimators.sweep import Key, Sweep
-from metaopt.estimators.update_vjp import Below, add
+from metaopt.estimators.update_vjp import Below
 from metaopt.functional import FunctionalModel, Models
 from metaopt.graphs import nodes
 from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream
@@ -107,9 +107,7 @@ def located(
 
 
 def _with_leaves(model: FunctionalModel, names: Sequence[str]) -> FunctionalModel:
-    return model.with_call(
-        model.structure.call, {n: p.detach().requires_grad_(n in names) for n, p in model.params.items()}
-    )
+    return model._with({n: p.detach().requires_grad_(n in names) for n, p in model.params.items()})
 
 
 def _at_objective(
@@ -139,8 +137,6 @@ def _through_stage(
         last, below = below, sweep.step_back(t, record, below, cotangents)
         if _broken(below.params) or _broken(below.state) or _broken(cotangents):
             return f"in stage {loop.name!r}, at inner step {t} of {loop.num_steps}: {_half(sweep, t, record, last)}"
-    for key, cotangent in sweep._outputs.pull_back().items():
-        add(cotangents, key, cotangent)
     learned = {name: p for name, p in start.items() if p.grad_fn is not None and name in below.params}
     if learned:
         heads, weights = list(learned.values()), [below.params[name] for name in learned]
@@ -148,7 +144,7 @@ def _through_stage(
         gradients = torch.autograd.grad(heads, leaves, weights, allow_unused=True)
         cotangents |= {(loop.name, f"initial {i}"): g for i, g in enumerate(gradients) if g is not None}
     if _broken(cotangents):
-        return f"in stage {loop.name!r}, before its first inner step: in a learned start or an upstream model's output"
+        return f"in stage {loop.name!r}, before its first inner step: in a learned start"
     return None
 
 

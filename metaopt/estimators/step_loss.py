@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metaopt.estimators.stores import StepRecord
-from metaopt.estimators.upstream_outputs import UpstreamOutputs
 from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerLoop
 from metaopt.meta_params import AnyMetaParameters, as_named, rebound
 from metaopt.random_state import seeded
 
-Key = tuple[str | None, Hashable]  # (upstream stage, or None for a meta-parameter; name, or which output)
+Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _MOST_ENTRIES = 100  # of a container that is looked into
 
@@ -32,7 +31,6 @@ class StepLoss:
         record: what it was at.
         loop, meta_params: as in the inner loop.
         upstream: trained models outside the graph.
-        outputs: upstream outputs that several steps share.
         keys: what `others` are, in order.
         settings: see `settings_of`.
     """
@@ -44,12 +42,11 @@ class StepLoss:
         loop: InnerLoop,
         meta_params: AnyMetaParameters,
         upstream: Mapping[str, FunctionalModel],
-        outputs: UpstreamOutputs,
         keys: Sequence[Key],
         settings: Hashable = None,
     ) -> None:
         self._t, self._record, self._loop, self._settings = t, record, loop, settings
-        self._meta_params, self._upstream, self._outputs, self._keys = meta_params, upstream, outputs, list(keys)
+        self._meta_params, self._upstream, self._keys = meta_params, upstream, list(keys)
         self._names = list(record.params)
         self._tree = {
             "batches": list(loop.batches[t]),
@@ -107,7 +104,7 @@ class StepLoss:
         tree = self._tree if context is None else self._with_tensors(context)
         given: dict[Key, Tensor] = dict(zip(self._keys, others, strict=True))
         weights = {**tree["frozen"], **dict(zip(self._names, params, strict=True))}
-        learned: dict[str, Tensor] = {str(name): x for (stage, name), x in given.items() if stage is None}
+        learned = {name: x for (stage, name), x in given.items() if stage is None}
         with rebound(self._meta_params, learned):
             return self._loop.loss_at(
                 self._t, weights, tree["buffers"], self._meta_params, self._models(tree["upstream"], given),
@@ -121,10 +118,10 @@ class StepLoss:
 
     def _models(self, tensors: Mapping[str, Any], given: Mapping[Key, Tensor]) -> Models:
         models = {}
-        for stage in self._upstream:
+        for stage, model in self._upstream.items():
             params, buffers = tensors[stage]
             params = {name: given.get((stage, name), p) for name, p in params.items()}
-            models[stage] = self._outputs.model(self._t, stage, params, buffers, given)
+            models[stage] = model._with(params, buffers=buffers)
         return Models(models)
 
 

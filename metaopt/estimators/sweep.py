@@ -22,8 +22,7 @@ from metaopt.estimators.products.base import Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.stores import Kept, StepRecord, Tape
 from metaopt.estimators.update_vjp import Below, add, update_vjp
-from metaopt.estimators.upstream_outputs import OutputKey, UpstreamOutputs
-from metaopt.functional import FunctionalModel
+from metaopt.functional import FunctionalModel, Models
 from metaopt.graphs import graph_leaves
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
@@ -62,12 +61,11 @@ class Sweep:
         }
         self.others = {**meta, **above}
         self._graph_upstream = upstream
-        self._plain = {name: model.detach() for name, model in upstream.items()}
-        self._outputs = UpstreamOutputs(loop, self._plain)
+        self._plain = Models({name: model.detach() for name, model in upstream.items()})
         self._settings: Hashable = settings_of(loop, meta_params, self._plain)
         self._versions = versions(loop.batches)
         keeps = product.uses_known_gradient
-        self.tape = Tape(kept, place or Device(), loop, meta_params, self._outputs.recording(), first, keeps)
+        self.tape = Tape(kept, place or Device(), loop, meta_params, self._plain, first, keeps)
 
     def run(self) -> InnerResult:
         """Run the inner loop; the result's weights are in the graph of everything in `others` and of learned starts."""
@@ -91,11 +89,10 @@ class Sweep:
         initial = dict(zip(loop.rule.names, start, strict=True))
         losses = []
         with rebound(self.meta_params, self._plain_meta):
-            args = (loop.rule.initial_state(), loop.start_buffers(), self.meta_params, self._outputs.recording())
+            args = (loop.rule.initial_state(), loop.start_buffers(), self.meta_params, self._plain)
             steps = PlainSteps(loop, initial, *args)
             for t in range(loop.num_steps):
                 self.tape.record(t, steps)
-                self._outputs.begin(t)
                 buffers = steps.buffers
                 loss, gradient = steps.gradient(t, self._refuse_closures if t == 0 else None)
                 if t == 0:
@@ -104,13 +101,12 @@ class Sweep:
                 steps.update(t, gradient)
                 losses.append(loss)
                 loop.watch(losses)
-            self._outputs.end()
         self._require_same_batches()
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
 
     @property
     def _plain_meta(self) -> Tensors:
-        return {str(name): t.detach() for (stage, name), t in self.others.items() if stage is None}
+        return {name: t.detach() for (stage, name), t in self.others.items() if stage is None}
 
     def _refuse_closures(self, loss: Tensor, params: Tensors) -> None:
         """Raise if the loss reads tensors that require grad and are neither handed in nor learned here."""
@@ -142,11 +138,10 @@ class Sweep:
             free: let go of each step once it is swept; there will be no second backward.
         """
         self._require_same_batches()
+        if not cotangents:  # autograd comes here also along a path that is cut above
+            return {}, {}
         others: dict[Key, Tensor] = {}
-        of_start = self.sweep_back(dict(cotangents), free, others)
-        for key, cotangent in self._outputs.pull_back().items():
-            add(others, key, cotangent)
-        return of_start, others
+        return self.sweep_back(dict(cotangents), free, others), others
 
     def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
         """Go through the steps in reverse; return the cotangents of the initial weights."""
@@ -173,19 +168,14 @@ class Sweep:
 
     def linearize(self, t: int, record: StepRecord, wanted: Wanted) -> tuple[Any, Any]:
         """Return step t's gradient, and (u, sums) ↦ u·∂²L/∂θ² by name; u·∂²L/∂θ∂others is added to `sums`."""
-        given: dict[Key, Tensor] = {key: x.detach() for key, x in self.others.items()}
-        given |= self._outputs.of_step(t)
-        loss = StepLoss(t, record, self.loop, self.meta_params, self._plain, self._outputs, list(given), self._settings)
-        gradient, pull = self.product.linearize(loss, list(record.params.values()), list(given.values()), wanted)
+        given = [x.detach() for x in self.others.values()]
+        loss = StepLoss(t, record, self.loop, self.meta_params, self._plain, list(self.others), self._settings)
+        gradient, pull = self.product.linearize(loss, list(record.params.values()), given, wanted)
 
         def pullback(cotangents: Mapping[str, Tensor], sums: dict[Key, Tensor] | None) -> Tensors:
             second, beside = pull([cotangents.get(name) for name in record.params])
-            for key, cotangent in zip(given, beside, strict=True):
-                if cotangent is None or sums is None:
-                    continue
-                if isinstance(key[1], OutputKey):
-                    self._outputs.add(t, (str(key[0]), key[1]), cotangent)
-                else:
+            if sums is not None:
+                for key, cotangent in zip(self.others, beside, strict=True):
                     add(sums, key, cotangent)
             return {name: c for name, c in zip(record.params, second, strict=True) if c is not None}
 

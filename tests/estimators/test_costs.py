@@ -49,7 +49,7 @@ def distilled(model: Any, batch: Any, weights: Any, upstream: Any) -> Tensor:
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
-    """One for every step, so that each step needs upstream outputs of its own."""
+    """One for every step."""
     return [{"inputs": torch.randn(SIZE, WIDTH), "index": torch.arange(SIZE)} for _ in range(count)]
 
 

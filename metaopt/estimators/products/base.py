@@ -89,7 +89,7 @@ class Product(ABC):
         Args:
             loss: (params, others) → scalar; deterministic, so that it can be evaluated again.
             params: θ, detached.
-            others: meta-parameters, upstream weights and upstream outputs, detached.
+            others: meta-parameters and upstream weights, detached.
             wanted: what may be left out.
 
         Returns:
