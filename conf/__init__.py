@@ -16,7 +16,7 @@ def _shared(source: str) -> DictConfig:
 
 def _register() -> None:
     store = ConfigStore.instance()
-    for group in ("model", "optimizer", "estimator", "product", "loss"):
+    for group in ("model", "optimizer", "schedule", "transform", "estimator", "product", "loss"):
         store.store(group=group, name="shared", node=_shared(group), provider="metaopt")
     handover = DictConfig({part: _shared(f"handover.{part}") for part in ("generate", "loss")})
     store.store(group="handover", name="shared", node=handover, provider="metaopt")

@@ -15,7 +15,7 @@ from metaopt.errors import ConfigError, did_you_mean
 from metaopt.schema import SECTIONS, Raw, problems_of, value_at
 
 SHARED = "_shared_"
-SHARED_PARTS = ("model", "optimizer", "estimator", "product", "loss", "handover")
+SHARED_PARTS = ("model", "optimizer", "schedule", "transform", "estimator", "product", "loss", "handover")
 FACT = re.compile(r"\$\{facts\.([^}]*)\}")
 
 

@@ -21,7 +21,7 @@ from metaopt.errors import ConfigError
 from metaopt.schedules import Schedule as Schedule
 from metaopt.torch_optim.flattened import JointStep as JointStep
 from metaopt.torch_optim.flattened import State, in_parts
-from metaopt.torch_optim.hyperparameters import Group, Overrides, check_overrides, learned_rates, with_overrides
+from metaopt.torch_optim.hyperparameters import Group, Overrides, check_overrides, rate_scales, with_overrides
 from metaopt.torch_optim.kinds import SUPPORTED as SUPPORTED
 from metaopt.torch_optim.kinds import carries_gradient as carries_gradient
 from metaopt.torch_optim.kinds import kind_of
@@ -97,8 +97,8 @@ class UpdateRule:
     ) -> tuple[Tensors, State]:
         """Return the parameters and the state after one step, in the graph of all that goes in.
 
-        A parameter without a gradient stays as it is, as in torch. A learned rate η enters as `θ + η (θ₁ − θ)`, where
-        θ₁ is what a step of rate 1 gives: exact for optimizers whose step is linear in η, and right at η = 0.
+        A parameter without a gradient stays as it is, as in torch. A rate η that is learned or 0 enters as
+        `θ + η (θ₁ − θ)`, where θ₁ is what a step of rate 1 gives: exact for optimizers whose step is linear in η.
         """
         new_params, new_state = dict(params), dict(state)
         for part in self.parts(params, gradients, state, overrides):
@@ -124,7 +124,7 @@ class UpdateRule:
         linear = self._kind.linear_in_rate
         for group in with_overrides(self.groups, overrides, together=("lr",) if linear else ()):
             names = [name for name in group.names if gradients.get(name) is not None]
-            scales = learned_rates(group) if linear else None
+            scales = rate_scales(group) if linear else None
             hyperparameters = {k: tracked(v) for k, v in group.hyperparameters.items()}
             hyperparameters |= {} if scales is None else {"lr": 1.0}
             for bucket in self._buckets(names, params, state, most):

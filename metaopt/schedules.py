@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.errors import ConfigError
 from metaopt.torch_optim.step import shallow
@@ -24,6 +26,7 @@ class Schedule:
     """
 
     def __init__(self, factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
+        _require_factory(factory)
         groups = [{**group, "params": [torch.zeros(1)]} for group in copy.copy(optimizer.param_groups)]
         self._before = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self._shadow = shallow(optimizer, groups)
@@ -58,3 +61,18 @@ class Schedule:
                 ) from error
             self._values.append(self._read())
         return self._values[step]
+
+
+def _require_factory(given: Any) -> None:
+    if isinstance(given, LRScheduler):
+        settings = [n for n in inspect.signature(type(given)).parameters if n in vars(given)]
+        shown = [f"{n}={vars(given)[n]!r}" for n in settings if n not in ("optimizer", "last_epoch")] or ["..."]
+        raise ConfigError(
+            f"schedule: a {type(given).__name__} over an optimizer of its own was given; give what makes one for the "
+            f"stage's: schedule=functools.partial({type(given).__name__}, {', '.join(shown)})"
+        )
+    if not callable(given):
+        raise ConfigError(
+            f"schedule: a {type(given).__name__} was given; give what makes a scheduler from an optimizer: "
+            "schedule=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)"
+        )

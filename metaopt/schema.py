@@ -129,6 +129,8 @@ class RunSchema:
     facts: dict[str, Any] | None = None
     model: Any = None
     optimizer: Any = None
+    schedule: Any = None
+    transform: Any = None
     estimator: Any = None
     product: Any = None
     loss: Any = None

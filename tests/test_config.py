@@ -72,7 +72,7 @@ def test_the_number_of_config_files() -> None:
         "objective": 5,
         "optimizer": 13,
         "product": 3,
-        "schedule": 4,
+        "schedule": 6,
         "stage": 3,
         "transform": 3,
     }
@@ -107,6 +107,15 @@ def test_every_file_says_what_it_is() -> None:
 def test_an_option_for_every_stage() -> None:
     config = prepared("optimizer=sgd")
     assert {stage.optimizer._target_ for stage in config.stages.values()} == {"torch.optim.SGD"}
+
+
+def test_a_schedule_and_a_transform_for_every_stage_or_for_one() -> None:
+    assert {(stage.schedule, stage.transform) for stage in prepared().stages.values()} == {(None, None)}
+    config = prepared("schedule=cosine", "transform=clip_norm", "stages.student.schedule.T_max=7")
+    assert {name: stage.schedule.T_max for name, stage in config.stages.items()} == {"teacher": 100, "student": 7}
+    assert {stage.transform._target_ for stage in config.stages.values()} == {"metaopt.ClipNorm"}
+    config = prepared("schedule=cosine", "stages.teacher.schedule=null")
+    assert [stage.schedule is None for stage in config.stages.values()] == [True, False]
 
 
 def test_an_option_for_one_stage() -> None:

@@ -44,6 +44,8 @@ OPTIONS = [
     ("meta_params=gaussian_noise", "loss=augmented"),
     ("meta_params=noise_and_examples", *AUGMENTED, "loss.augmentation=noise"),
     ("meta_params.sparse=true", "meta_optimizer=sparse_adam"),
+    ("schedule=linear_warmup", "transform=clip_norm", "limits.num_steps=2"),
+    ("schedule@stages.student.schedule=cosine_warmup", "estimator=checkpointed", "limits.num_steps=2"),
     ("objective=regularised",),
     ("objective=all_stages",),
     ("objective=surrogate",),

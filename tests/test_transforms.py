@@ -10,6 +10,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from hydra import compose, initialize_config_module
 from networks import Gained
 from plain_runs import (
@@ -50,6 +51,14 @@ SCHEDULES = {
     "OneCycleLR moves betas": (ADAM, functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=12)),
     "OneCycleLR moves momentum": (MOMENTUM, functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=12)),
     "CyclicLR": (MOMENTUM, functools.partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2)),
+    "linear warm-up": (
+        ADAM,
+        functools.partial(transformers.get_linear_schedule_with_warmup, num_warmup_steps=2, num_training_steps=8),
+    ),
+    "cosine warm-up": (
+        ADAMW,
+        functools.partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=2, num_training_steps=8),
+    ),
     "SequentialLR": (
         ADAM,
         functools.partial(
@@ -85,9 +94,25 @@ def test_a_schedule_and_overrides_do_not_overwrite_each_other():
         recipe.chain().unroll(example_weights())
 
 
-def test_what_is_no_schedule_is_refused():
-    with pytest.raises(metaopt.ConfigError, match="the factory returned a int"):
-        Recipe(ADAM, schedule=lambda optimizer: 3).chain()
+def over_its_own(schedule):
+    return schedule(MOMENTUM([nn.Parameter(torch.zeros(1))]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (lambda optimizer: 3, "the factory returned a int"),
+        ("cosine", r"a str was given; give .*: schedule=functools.partial\(torch"),
+        (
+            over_its_own(functools.partial(lr_scheduler.StepLR, step_size=3)),
+            r"a StepLR over an optimizer of its own .*: schedule=functools.partial\(StepLR, step_size=3, gamma=0.1\)",
+        ),
+        (over_its_own(SCHEDULES["linear warm-up"][1]), r"schedule=functools.partial\(LambdaLR, ...\)"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(schedule, message):
+    with pytest.raises(metaopt.ConfigError, match=message):
+        Recipe(ADAM, schedule=schedule).chain()
 
 
 # --- clipping

@@ -49,7 +49,7 @@ class JointStep(Flattened):
     Args:
         names, params: of the parameters, and tensors of their shapes.
         optimizer, function, hyperparameters: as of `torch_step`.
-        scales: learned rates η by name; the step is then `θ + η (θ₁ − θ)` with θ₁ what a step of rate 1 gives.
+        scales: rates η by name; the step is then `θ + η (θ₁ − θ)` with θ₁ what a step of rate 1 gives.
     """
 
     def __init__(

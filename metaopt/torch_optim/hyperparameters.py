@@ -98,9 +98,10 @@ def with_overrides(groups: list[Group], overrides: Overrides, together: Sequence
     return out
 
 
-def learned_rates(group: Group) -> dict[str, Any] | None:
-    """Return by name the learned rates that scale a step of rate 1, or None where nothing is learned."""
+def rate_scales(group: Group) -> dict[str, Any] | None:
+    """Return by name the rates that scale a step of rate 1: learned ones, and 0, by which torch's own step divides."""
     rate = group.hyperparameters["lr"]
     if isinstance(rate, Mapping):
         return dict(rate)
-    return dict.fromkeys(group.names, rate) if isinstance(rate, Tensor) and rate.requires_grad else None
+    learned = isinstance(rate, Tensor) and rate.requires_grad
+    return dict.fromkeys(group.names, rate) if learned or rate == 0 else None
