@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from metaopt.chain import TrainedChain
 from metaopt.errors import ConfigError
+from metaopt.guards import refuse_second_derivative
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, named_tensors
 
@@ -77,6 +77,6 @@ class _Differentiated(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative("mean_meta_loss", "add up the objective's values over the batches instead")
         return (None, None, *(grad * cotangent for grad in ctx.grads))

@@ -221,8 +221,9 @@ class Chain:
         """Return `id` → name of every stage's own parameters, after checking that none is a meta-parameter."""
         if torch.is_inference_mode_enabled():
             raise StageError("inference mode keeps tensors out of any graph for good; use torch.no_grad() instead")
-        for stage in self.stages.values():
+        for name, stage in self.stages.items():
             stage.check_meta_params(meta_params)
+            stage.estimator.check(name, stage)
         owners = {
             id(param): f"{stage_name}.{name}"
             for stage_name, stage in self.stages.items()

@@ -56,6 +56,15 @@ def refuse_single_derivative(gradients: Mapping[Any, Tensor | None], stage: str)
             )
 
 
+def refuse_second_derivative(node: str, instead: str) -> None:
+    """Raise if the running backward is to leave a graph (create_graph=True), in which `node` would be missing."""
+    if torch.is_grad_enabled():
+        raise StageError(
+            f"{node}: create_graph=True asks for the hypergradient's own graph, and this node has none, so that a "
+            f"second derivative would leave it out; {instead}"
+        )
+
+
 _ONCE = {
     "torch::autograd::Error": "a torch.autograd.Function whose backward is marked @once_differentiable: write it in "
     "differentiable operations",

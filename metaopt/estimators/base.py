@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
 from metaopt.meta_params import AnyMetaParameters
@@ -15,6 +16,9 @@ class Estimator(ABC):
     def exact(self) -> bool:
         """Whether the hypergradient is that of the training as it is run, but for rounding."""
         return True
+
+    def check(self, name: str, stage: Any) -> None:  # noqa: B027
+        """Raise if this stage cannot be differentiated so; called before any training."""
 
     @abstractmethod
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:

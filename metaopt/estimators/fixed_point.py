@@ -6,11 +6,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaopt.errors import ConfigError
+from metaopt.errors import ConfigError, StageError
 from metaopt.estimators.base import Estimator
 from metaopt.estimators.products import DoubleBackward, Product
 from metaopt.estimators.products.base import Wanted
@@ -84,9 +85,9 @@ class ConjugateGradient(FixedPoint):
     """The implicit function theorem at the trained weights, its linear system solved by conjugate gradients.
 
     `dθ/dφ ≈ −(∂²L/∂θ² + damping·I)⁻¹ ∂²L/∂θ∂φ` with L the loss of the last step (Rajeswaran et al., 2019,
-    arXiv:1909.04630). It knows nothing of the optimizer: hyperparameters and initial weights get no hypergradient. It
-    is right where the stage has converged; where the Hessian has a direction of no positive curvature, the iteration
-    stops there and warns. Memory: one step.
+    arXiv:1909.04630). It knows nothing of the optimizer: hyperparameters and initial weights get no hypergradient, and
+    a gradient transform is refused. It is right where the stage has converged; where the Hessian has a direction of no
+    positive curvature, the iteration stops there and warns. Memory: one step.
 
     Args:
         iterations: at most so many, at least 1; each costs one second-order product.
@@ -102,6 +103,15 @@ class ConjugateGradient(FixedPoint):
 
     def __repr__(self) -> str:
         return f"ConjugateGradient({self.iterations}, damping={self.damping}, product={self.product!r})"
+
+    def check(self, name: str, stage: Any) -> None:
+        """Raise for a gradient transform T: `∂T/∂g ∂²L/∂θ²` is not symmetric, as conjugate gradients need it."""
+        if stage.transform is not None:
+            raise StageError(
+                f"stage {name!r}: ConjugateGradient solves with the raw loss's Hessian, and never runs the transform "
+                f"({stage.transform!r}); leave the transform out, or use Neumann(terms={self.iterations}), which "
+                "differentiates the whole update"
+            )
 
     def solve(self, sweep: FixedPointSweep, cotangents: Tensors, others: dict[Key, Tensor]) -> None:
         """Solve `(H + damping·I) q = λ` and pull −q back to what the loss reads."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from metaopt.errors import StageError
@@ -24,6 +23,7 @@ from metaopt.estimators.stores import Kept, StepRecord, Tape
 from metaopt.estimators.update_vjp import Below, add, update_vjp
 from metaopt.functional import FunctionalModel, Models
 from metaopt.graphs import graph_leaves
+from metaopt.guards import refuse_second_derivative
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
 from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
 
@@ -113,12 +113,19 @@ class Sweep:
         self.loop.check_graph(loss)
         known = {id(p) for p in params.values()}
         unknown = [leaf for leaf in graph_leaves(loss) if id(leaf) not in known]
+        if unknown:  # what the loss makes anew at each call is its own affair (a gradient penalty's inputs)
+            again, _ = self.loop.loss_at(
+                0, {**self.loop.frozen, **params}, self.loop.start_buffers(), self.meta_params, self._plain
+            )
+            kept = {id(leaf) for leaf in graph_leaves(again)}
+            unknown = [leaf for leaf in unknown if id(leaf) in kept]
         if unknown:
             shapes = ", ".join(str(list(leaf.shape)) for leaf in unknown[:3])
             raise StageError(
                 f"the loss of stage {self.loop.name!r} closes over {len(unknown)} tensor(s) that require grad (shapes "
                 f"{shapes}): their gradient would be lost here. Freeze what is not learned "
-                "(module.requires_grad_(False)), give the rest as meta-parameters, or use Unrolled()"
+                "(module.requires_grad_(False)), copy what is a batch's (x.clone().requires_grad_()), give the rest "
+                "as meta-parameters, or use Unrolled()"
             )
 
     def _require_same_batches(self) -> None:
@@ -216,9 +223,9 @@ class _Stage(torch.autograd.Function):
         return tuple(result[0].model.params[name] for name in sweep.loop.rule.names)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         sweep: Sweep = ctx.sweep
+        refuse_second_derivative(f"stage {sweep.loop.name!r}", "give the stage estimator=metaopt.Unrolled()")
         _ = ctx.saved_tensors
         names = sweep.loop.rule.names
         present = {n: c for n, c in zip(names, cotangents, strict=True) if c is not None}

@@ -74,6 +74,7 @@ class Vectors:
     upstream: bool = False
     weighted: bool = True
     learned: bool = False  # rate and initial weights
+    clip: float | None = None  # the gradient's largest norm
 
     def loss(self, theta: Tensor, inputs: tuple[Tensor, ...], t: int) -> Tensor:
         """½ mean wᵢ (bend(xᵢᵀθ) − yᵢ)² + ½ ridge ‖θ‖²."""
@@ -90,6 +91,8 @@ class Vectors:
     def update(self, z: Tensor, gradient: Tensor, inputs: tuple[Tensor, ...], t: int) -> Tensor:
         """Φ_t."""
         option = self.inner.options()
+        if self.clip is not None:
+            gradient = gradient * (self.clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
         if self.learned:
             option["lr"] = split(inputs[0])[1].exp()
         theta, *kept = z.split(SIZE)
@@ -136,6 +139,7 @@ class Vectors:
             "initial": lambda phi, upstream: {"weight": phi.start[None]},
         }
         options = learned if self.learned else {}
+        options |= {} if self.clip is None else {"transform": metaopt.ClipNorm(self.clip)}
         return metaopt.Stage(
             model, self.inner.factory, self.as_loss, self.batches, self.num_steps, estimator, seed=0, **options
         )

@@ -71,6 +71,24 @@ def test_neumann_is_the_series_of_the_last_step(optimizer, terms, product):
 
 
 @optimizers
+def test_clipping_is_part_of_the_step_that_neumann_repeats(optimizer):
+    problem = pair(optimizer, clip=0.1)
+    found = problem.by_metaopt(Neumann(3))
+    assert error(found, problem.by(neumann(3))) < EXACT
+    assert error(pair(optimizer).by_metaopt(Neumann(3)), found) > 1e-2
+
+
+def test_conjugate_gradient_refuses_a_transform_before_any_training():
+    problem = pair()
+    clipped = replace(problem, stages=(problem.stages[0], replace(problem.stages[1], clip=0.1)))
+    trained = []
+    first = replace(clipped.stages[0], bend=lambda x: trained.append(x) or x)
+    with pytest.raises(metaopt.StageError, match=r"stage 'second': .*\(ClipNorm\(.* or use Neumann\(terms=3\)"):
+        replace(clipped, stages=(first, clipped.stages[1])).by_metaopt(ConjugateGradient(3))
+    assert not trained
+
+
+@optimizers
 def test_one_term_is_one_step(optimizer):
     problem = pair(optimizer)
     assert torch.equal(problem.by_metaopt(Neumann(1)), problem.by_metaopt(OneStep()))
