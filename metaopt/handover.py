@@ -69,11 +69,11 @@ class Answered(HandOver):
         """Let the teacher answer all batches, a few of one shape together."""
         teacher = find_upstream(upstream, self.upstream, type(self).__name__)
         written = []
-        for _, alike in itertools.groupby(batches, key=_shapes):
+        for _, alike in itertools.groupby(batches, key=lambda batch: _shapes(_inputs(batch, teacher))):
             rest = list(alike)
             while rest:
                 few, rest = rest[:_TOGETHER], rest[_TOGETHER:]
-                answers = self._answers(teacher, [_inputs(batch) for batch in few])
+                answers = self._answers(teacher, [_inputs(batch, teacher) for batch in few])
                 written += [{**batch, **answer} for batch, answer in zip(few, answers, strict=True)]
         return written
 
@@ -86,12 +86,13 @@ class Answered(HandOver):
         return [{key: parts[i] for key, parts in found.items()} for i in range(len(few))]
 
 
-def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in model_inputs(batch).items() if not key.startswith("decoder_")}
+def _inputs(batch: Mapping[str, Tensor], teacher: FunctionalModel) -> dict[str, Tensor]:
+    unanswered = {key: value for key, value in batch.items() if key != "labels" and not key.startswith("decoder_")}
+    return model_inputs(unanswered, teacher)
 
 
-def _shapes(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {key: value.shape[1:] for key, value in _inputs(batch).items()}
+def _shapes(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: value.shape[1:] for key, value in inputs.items()}
 
 
 def until_end(answers: Tensor, ends: Sequence[int]) -> Tensor:
@@ -142,8 +143,8 @@ class Generated(Answered):
     """The trained teacher writes by Hugging Face's own `generate`: sampling, beams, penalties, whatever it can do.
 
     An encoder-decoder's batch gains `decoder_input_ids` and `labels` [B, L]. A causal model's prompts `input_ids`
-    [B, P] become prompt and continuation, the labels being the next token of each position; prompts and what follows
-    the end token are not counted. Samples are drawn from the stage's replayed random state.
+    [B, P] become prompt and continuation, `labels` the same tokens, which a causal model's loss shifts; prompts and
+    what follows the end token are not counted. Samples are drawn from the stage's replayed random state.
 
     Args:
         batches: of the teacher's inputs; a causal model's prompts are padded on the left.
@@ -172,14 +173,13 @@ class Generated(Answered):
         if causal and mask is not None and not bool(mask[:, -1].all()):
             raise StageError("Generated: a causal model's prompts must be padded on the left: padding_side='left'")
         written: Tensor = generate(**inputs, **self.generation, return_dict_in_generate=False)
-        ids, answers = written[:, :-1], written[:, 1:].clone()
         if not causal:
-            return {"decoder_input_ids": ids, "labels": until_end(answers, self._ends(module))}
+            return {"decoder_input_ids": written[:, :-1], "labels": until_end(written[:, 1:], self._ends(module))}
         prompt = inputs["input_ids"].shape[1]
-        labels = until_end(answers[:, prompt - 1 :], self._ends(module))
-        found = {"input_ids": ids, "labels": F.pad(labels, (prompt - 1, 0), value=IGNORED)}
+        labels = until_end(written[:, prompt:], self._ends(module))
+        found = {"input_ids": written, "labels": F.pad(labels, (prompt, 0), value=IGNORED)}
         if mask is not None:
-            found["attention_mask"] = F.pad(mask, (0, ids.shape[1] - prompt), value=1)
+            found["attention_mask"] = F.pad(mask, (0, written.shape[1] - prompt), value=1)
             found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return found
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, StageError
+from metaopt.functional import FunctionalModel
 
 Batch = Mapping[str, Tensor]
 
@@ -17,14 +20,101 @@ NOT_FOR_MODELS = ("index", "source", "labels")  # entries of a batch that models
 IGNORED = -100  # label of a position that counts in no loss
 
 
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """Return the entries of a batch that a model receives: all but `index`, `source` and `labels`."""
+class _Forward(NamedTuple):
+    """Which entries of a batch a model's forward takes (None: any), and whether its own loss shifts the labels."""
+
+    takes: frozenset[str] | None = None
+    shifts: bool = False
+
+
+_forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
+
+
+def _forward_of(model: Any) -> _Forward:
+    module = _module_of(model)
+    if not isinstance(module, nn.Module):
+        return _Forward()
+    if module not in _forwards:
+        _forwards[module] = _Forward(_taken(module), _shifts(module))
+    return _forwards[module]
+
+
+def _module_of(model: Any) -> Any:
+    return model.structure.module if isinstance(model, FunctionalModel) else model
+
+
+def _hugging_face(module: Any) -> Any:
+    """Return the outermost Hugging Face model in a module, whatever wraps it, or None."""
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    return next((part for part in parts if hasattr(type(part), "main_input_name")), None)
+
+
+def _taken(module: nn.Module) -> frozenset[str] | None:
+    names: set[str] = set()
+    inner = _hugging_face(module)
+    for part in (module, inner):  # what a wrapper takes as **kwargs it hands on
+        if part is None:
+            return None
+        parameters = inspect.signature(part.forward).parameters.values()
+        names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if part is inner or all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return frozenset(names)
+
+
+def _shifts(module: nn.Module) -> bool:
+    part = _hugging_face(module)
+    if part is None:
+        return any(inspect.getattr_static(m, "loss_type", None) == "ForCausalLM" for m in module.modules())
+    if getattr(part.config, "is_encoder_decoder", False):
+        return False
+    codes = [inspect.unwrap(vars(kind)["forward"]).__code__ for kind in type(part).__mro__ if "forward" in vars(kind)]
+    names = {name for code in codes for name in (*code.co_names, *code.co_varnames)}
+    if "loss_function" not in names:  # a loss of its own: as it stands (masked models, BartForCausalLM), or shifted
+        return bool(names & {"shift_logits", "shift_labels"})
+    if part.loss_type is None and "_loss_function" not in vars(part):
+        return True  # transformers' own default, which it would log a warning about
+    return "shift_labels" in inspect.signature(part.loss_function).parameters
+
+
+def model_inputs(batch: Batch, model: Any = None) -> dict[str, Tensor]:
+    """Return the entries of a batch that a model receives: all but `index`, `source` and `labels`.
+
+    With `model`, those that its forward names, as in Hugging Face's Trainer (a plain module with `**kwargs` gets all);
+    an encoder-decoder without decoder inputs gets the ones that it makes of the labels itself.
+    """
     if not isinstance(batch, Mapping):
         raise ConfigError(
             f"a batch is a {type(batch).__name__}; metaopt's own losses need a mapping of names to tensors, such as "
             "{'input_ids': ..., 'labels': ..., 'index': ...}; for other batches write an InnerLoss of your own"
         )
-    return {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
+    inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
+    if model is None:
+        return inputs
+    takes, labels = _forward_of(model).takes, batch.get("labels")
+    if labels is not None and labels.dim() > 1 and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+        inputs |= _decoder_inputs(_hugging_face(_module_of(model)), labels)
+    taken = {name: value for name, value in inputs.items() if takes is None or name in takes}
+    return taken or inputs  # where it takes none of them, Python's own error shall name them
+
+
+def _decoder_inputs(module: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Return what an encoder-decoder's decoder reads, made of the labels as the model itself does."""
+    if module is None or not getattr(module.config, "is_encoder_decoder", False):
+        return {}
+    shift = getattr(module, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        return {"labels": labels}  # it has no method for that: its forward does it
+    try:
+        ids = shift(labels)
+    except ValueError as error:
+        raise ConfigError(
+            f"{type(module).__name__} makes no decoder_input_ids of the labels: {error} Set model.config's "
+            "decoder_start_token_id and pad_token_id, or put decoder_input_ids into the batch"
+        ) from error
+    if module.config.model_type != "encoder-decoder":
+        return {"decoder_input_ids": ids}
+    return {"decoder_input_ids": ids, "decoder_attention_mask": (ids != module.config.pad_token_id).to(ids.dtype)}
 
 
 def logits_of(output: Any) -> Tensor:
@@ -60,6 +150,35 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view(labels.shape), labels != IGNORED
+
+
+def aligned_labels(model: Any, labels: Any) -> Any:
+    """Return the label that each of a model's logits is compared with, [B] or [B, L]; None where there are no labels.
+
+    It is what the model's own loss makes of `labels`. A causal language model of Hugging Face, whatever wraps it,
+    predicts label t + 1 at position t; every other model, and a plain module (unless it has `loss_type =
+    "ForCausalLM"`), label t.
+    """
+    if labels is None or labels.dim() < 2 or not _forward_of(model).shifts:
+        return labels
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def counted(model: Any, batch: Batch) -> Tensor | None:
+    """Return which of a model's logits are compared with a label that counts; None (all) for a batch without labels."""
+    labels = aligned_labels(model, batch.get("labels"))
+    return None if labels is None else labels != IGNORED
+
+
+def label_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each label of a batch, and which ones count; both [B] or [B, L], as the labels.
+
+    Also where a causal model predicts label t at position t − 1, its loss stands at t: so does the weight of a label.
+    """
+    logits = logits_of(model(**model_inputs(batch, model)))
+    labels = aligned_labels(model, batch["labels"])
+    losses, counts = cross_entropies(logits, labels)
+    return (losses, counts) if labels is batch["labels"] else (losses.roll(1, -1), counts.roll(1, -1))
 
 
 def mean_over_positions(values: Tensor, counts: Tensor | None) -> Tensor:

@@ -15,8 +15,11 @@ from metaopt.logits import (
     IGNORED,
     NOT_FOR_MODELS,
     Batch,
+    aligned_labels,
+    counted,
     cross_entropies,
     cross_entropy_per_example,
+    label_losses,
     logits_of,
     mean_over_positions,
     model_inputs,
@@ -39,9 +42,12 @@ __all__ = [
     "LabelSmoothing",
     "Upstream",
     "WeightedLoss",
+    "aligned_labels",
+    "counted",
     "cross_entropies",
     "cross_entropy_per_example",
     "find_upstream",
+    "label_losses",
     "logits_of",
     "mean_over_positions",
     "model_inputs",
@@ -96,12 +102,17 @@ def find_upstream(upstream: Upstream, name: str | None, reader: str) -> Function
 
 
 class CrossEntropy(InnerLoss):
-    """Plain mean cross-entropy, without meta-parameters: `L = 1/B Σ_i ℓ_i`."""
+    """Plain mean cross-entropy, without meta-parameters: `L = 1/B Σ_i ℓ_i`.
+
+    ℓ_i is the mean over the labels of example i that count, and labels are read as the model's own loss reads them
+    (`aligned_labels`). Hugging Face's loss is the mean over all labels of the batch, `Σ_i n_i ℓ_i / Σ_i n_i`: the same
+    where every example has as many.
+    """
 
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        return cross_entropy_per_example(logits_of(model(**model_inputs(batch))), batch["labels"]).mean()
+        return mean_over_positions(*label_losses(model, batch)).mean()
 
 
 class LabelSmoothing(InnerLoss):
@@ -113,14 +124,13 @@ class LabelSmoothing(InnerLoss):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        log_p = logits_of(model(**model_inputs(batch))).log_softmax(-1)
-        counts = None if "labels" not in batch else batch["labels"] != IGNORED
-        return mean_over_positions(-log_p.mean(-1), counts).mean()
+        log_p = logits_of(model(**model_inputs(batch, model))).log_softmax(-1)
+        return mean_over_positions(-log_p.mean(-1), counted(model, batch)).mean()
 
 
 class WeightedLoss(InnerLoss):
     """Cross-entropy weighted by meta-parameters: `L = 1/B Σ_i w_i(φ) ℓ_i`; `w_i ℓ_i` is `mean_t w_it ℓ_it` where there
-    is a weight for each position.
+    is a weight for each label (`labels` [B, L] in the batch's own places).
 
     The inner gradient takes weights that are computed from the losses as given, as in Meta-Weight-Net; the
     hypergradient still knows that they move with the model.
@@ -136,8 +146,7 @@ class WeightedLoss(InnerLoss):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        losses, counts = cross_entropies(logits_of(model(**model_inputs(batch))), batch["labels"])
-        return weighted_mean(losses, counts, self._modules(meta_params), batch)
+        return weighted_mean(*label_losses(model, batch), self._modules(meta_params), batch)
 
     def _modules(self, meta_params: AnyMetaParameters) -> list[Any]:
         names = [self.weights] if self.weights is None or isinstance(self.weights, str) else self.weights
@@ -159,16 +168,17 @@ class FromUpstream(InnerLoss):
         """Return the upstream model that this loss learns from."""
         return find_upstream(upstream, self.upstream, type(self).__name__)
 
-    def taught(self, upstream: Upstream, inputs: Mapping[str, Tensor], **options: Any) -> Any:
-        """Return what the upstream model says to these inputs, in the graph."""
+    def taught(self, upstream: Upstream, batch: Batch, **options: Any) -> Any:
+        """Return what the upstream model says to a batch, in the graph."""
         teacher = self.teacher(upstream)
-        starts = {"decoder_input_ids", "decoder_inputs_embeds"}
+        inputs = model_inputs(batch, teacher)
+        starts = {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
         is_encoder_decoder = getattr(getattr(teacher, "config", None), "is_encoder_decoder", False)
         if is_encoder_decoder and not starts & set(inputs):
             raise ConfigError(
                 f"{type(self).__name__}: the teacher is an encoder-decoder, and the batch holds no decoder_input_ids "
-                f"(it has: {', '.join(inputs)}); let the teacher write them: Stage(..., batches=handover.Decoded(...)) "
-                "or Generated(...); with a config: handover=decoded or generated"
+                f"and no labels (it has: {', '.join(batch)}); let the teacher write them: Stage(..., "
+                "batches=handover.Decoded(...)) or Generated(...); with a config: handover=decoded or generated"
             )
         return teacher(**inputs, **options)
 
@@ -207,9 +217,9 @@ class Distillation(FromUpstream):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        inputs = model_inputs(batch)
-        target = logits_of(self.taught(upstream, inputs))
-        return soft_label_loss(logits_of(model(**inputs)), target, batch.get("labels"), self.temperature)
+        target = logits_of(self.taught(upstream, batch))
+        output = model(**model_inputs(batch, model))
+        return soft_label_loss(logits_of(output), target, aligned_labels(model, batch.get("labels")), self.temperature)
 
 
 def soft_label_loss(logits: Tensor, target: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
@@ -252,13 +262,13 @@ class HiddenStates(FromUpstream):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        inputs = model_inputs(batch)
-        taught = self.taught(upstream, inputs, output_hidden_states=True)
+        taught = self.taught(upstream, batch, output_hidden_states=True)
         states = getattr(taught, "decoder_hidden_states", None)
         if states is None:
             raise StageError("HiddenStates: the upstream model returns no decoder_hidden_states; use Distillation")
+        inputs = model_inputs({**batch, "decoder_inputs_embeds": states[-1]}, model)
         inputs.pop("decoder_input_ids", None)
-        output = model(**inputs, decoder_inputs_embeds=states[-1])
+        output = model(**inputs)
         return soft_label_loss(logits_of(output), logits_of(taught), batch.get("labels"), self.temperature)
 
 

@@ -149,7 +149,7 @@ class Uniform(MetaParameters):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return ones [batch size]."""
-        some = next(iter(batch.values()))
+        some = next(value for value in batch.values() if isinstance(value, Tensor))
         return torch.ones(len(some), device=some.device)
 
 

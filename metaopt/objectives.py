@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaopt.errors import ConfigError, did_you_mean
 from metaopt.functional import FunctionalModel
-from metaopt.losses import IGNORED, cross_entropy_per_example, logits_of, model_inputs
+from metaopt.losses import IGNORED, aligned_labels, label_losses, logits_of, mean_over_positions, model_inputs
 from metaopt.meta_params import AnyMetaParameters, select
 
 Trained = Mapping[str, FunctionalModel]
@@ -38,7 +38,7 @@ class MetaObjective(ABC):
 
 
 class ValidationLoss(MetaObjective):
-    """Mean cross-entropy of one trained stage on validation data.
+    """Mean cross-entropy of one trained stage on validation data; the same mean of the same labels as `CrossEntropy`.
 
     Args:
         stage: its name.
@@ -49,8 +49,7 @@ class ValidationLoss(MetaObjective):
         self.reads = (stage,)
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        logits = _logits_of_stage(self, trained, batch)
-        return cross_entropy_per_example(logits, batch["labels"]).mean()
+        return mean_over_positions(*label_losses(_stage_of(self, trained), batch)).mean()
 
 
 class SurrogateLoss(MetaObjective):
@@ -58,7 +57,8 @@ class SurrogateLoss(MetaObjective):
 
     Args:
         stage: its name.
-        surrogate: (logits [B, C] or [B, L, C], labels [B] or [B, L]) → scalar to be minimised.
+        surrogate: (logits [B, C] or [B, L, C], labels [B] or [B, L]) → scalar to be minimised; a causal model's labels
+            are shifted to its logits.
     """
 
     def __init__(self, stage: str, surrogate: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -71,7 +71,8 @@ class SurrogateLoss(MetaObjective):
         self.reads = (stage,)
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        return self.surrogate(_logits_of_stage(self, trained, batch), batch["labels"])
+        model = _stage_of(self, trained)
+        return self.surrogate(logits_of(model(**model_inputs(batch, model))), aligned_labels(model, batch["labels"]))
 
 
 def expected_error(logits: Tensor, labels: Tensor) -> Tensor:
@@ -142,11 +143,11 @@ class Sparsity(MetaObjective):
         return _all_weights(self, meta_params).abs().mean()
 
 
-def _logits_of_stage(objective: Any, trained: Trained, batch: Any) -> Tensor:
+def _stage_of(objective: Any, trained: Trained) -> FunctionalModel:
     stage = objective.stage
     if stage not in trained:
         raise ConfigError(f"{type(objective).__name__}: no stage {stage!r}{did_you_mean(stage, trained)}")
-    return logits_of(trained[stage](**model_inputs(batch)))
+    return trained[stage]
 
 
 def _all_weights(objective: Any, meta_params: AnyMetaParameters) -> Tensor:

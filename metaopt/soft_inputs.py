@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from metaopt.errors import ConfigError, StageError
 from metaopt.functional import FunctionalModel
 from metaopt.losses import (
-    IGNORED,
     FromUpstream,
     Upstream,
+    aligned_labels,
+    counted,
     logits_of,
     mean_over_positions,
     model_inputs,
@@ -47,11 +48,12 @@ class ExpectedEmbeddings(FromUpstream):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        inputs = model_inputs(batch)
-        target = logits_of(self.taught(upstream, inputs))
+        inputs = model_inputs(batch, model)
+        target = logits_of(self.taught(upstream, batch))
         tokens = (target / self.temperature).softmax(-1)
         output = model(**with_soft_tokens(model, inputs, tokens, self.shift))
-        return soft_label_loss(logits_of(output), target, batch.get("labels"), self.temperature)
+        labels = aligned_labels(model, batch.get("labels"))
+        return soft_label_loss(logits_of(output), target, labels, self.temperature)
 
     def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
         """Say so where the teacher's tokens are not the student's."""
@@ -95,9 +97,9 @@ class GumbelSamples(FromUpstream):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        inputs = model_inputs(batch)
+        inputs = model_inputs(batch, model)
         step = model.step if callable(self.temperature) else 0  # asked only if it matters: it differs from step to step
-        sample = self.sample(logits_of(self.taught(upstream, inputs)), step)
+        sample = self.sample(logits_of(self.taught(upstream, batch)), step)
         fed = inputs if sample.dim() == 2 else with_soft_tokens(model, inputs, sample, self.shift)
         log_q = logits_of(model(**fed)).log_softmax(-1)
         if log_q.shape != sample.shape:
@@ -105,8 +107,7 @@ class GumbelSamples(FromUpstream):
                 f"the student's logits have shape {list(log_q.shape)}, the teacher's {list(sample.shape)}: samples "
                 "need the same classes (vocabulary) and the same positions for both"
             )
-        counts = None if "labels" not in batch else batch["labels"] != IGNORED
-        return mean_over_positions(-(sample * log_q).sum(-1), counts).mean()
+        return mean_over_positions(-(sample * log_q).sum(-1), counted(model, batch)).mean()
 
     def sample(self, logits: Tensor, step: int) -> Tensor:
         """Return a sample for each position [..., V], at the temperature of this inner step."""

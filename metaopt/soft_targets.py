@@ -65,6 +65,6 @@ class SoftTargetLoss(InnerLoss):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        log_p = logits_of(model(**model_inputs(batch))).log_softmax(-1)
+        log_p = logits_of(model(**model_inputs(batch, model))).log_softmax(-1)
         targets = select(meta_params, self.targets, "SoftTargetLoss")(batch)
         return -(targets.to(log_p.dtype) * log_p).sum(-1).mean()

@@ -249,12 +249,13 @@ def test_a_causal_teacher_continues_its_prompts():
     generation = {"max_new_tokens": 4, "eos_token_id": eos}
     written = Generated([prompts], generation).write({"t": teacher}, [prompts])[0]
     assert (written["input_ids"][:, :5] == prompts["input_ids"]).all()
-    assert (written["labels"][:, :4] == -100).all()  # the prompt's own tokens are not learned
-    logits = teacher(**inputs_of(written)).logits
+    assert (written["labels"][:, :5] == -100).all()  # the prompt's own tokens are not learned
+    guesses = teacher(**inputs_of(written)).logits.argmax(-1).roll(1, -1)
     for row in range(4):
         counted = written["labels"][row] != -100
         assert int(counted.sum()) >= 1
-        assert written["labels"][row][counted].tolist() == logits[row][counted].argmax(-1).tolist()  # greedy: its own
+        assert written["labels"][row][counted].tolist() == guesses[row][counted].tolist()  # greedy: its own
+        assert_same(written["labels"][row][counted], written["input_ids"][row][counted])
         tokens = written["labels"][row][counted].tolist()
         assert eos not in tokens[:-1]
     assert any(eos in row for row in written["labels"].tolist())

@@ -1,6 +1,6 @@
 """The model families that a stage can train: the table of `experiments/models/run.py`, and what a stage leaves of them.
 
-Forward: bitwise the plain module's, hidden states included. Hypergradient, also through hidden states: at most 1e-6
+Labels: what the model's own loss makes of a batch from its family's collator. Forward: bitwise the plain module's, hidden states included. Hypergradient, also through hidden states: at most 1e-6
 from central differences of the whole training. Tied weights stay tied.
 """
 
@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import assert_same, logits_of, module_state
-from torch import nn
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
 
 import metaopt
+from metaopt.data.text_tokens import character_tokenizer
+from metaopt.functional import FunctionalModel
 from metaopt.losses import model_inputs
+from metaopt.model_structure import ModelStructure
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "models"
 EXPERIMENT = runpy.run_path(str(FOLDER / "run.py"))
@@ -93,6 +104,63 @@ def test_only_the_adapters_are_trained_and_carried(name: str) -> None:
     chain.commit(chain.unroll(EXPERIMENT["example_weights"]()))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == trainable
+
+
+def collated(kind: str, model: nn.Module, texts: list[str]) -> dict[str, Tensor]:
+    """What the family's own Hugging Face collator makes of these texts; `seq2seq+` knows the model."""
+    torch.manual_seed(3)
+    if kind == "pictures":
+        pictures = torch.randn(len(texts), 1, 8, 8).double()
+        return default_data_collator([{"pixel_values": x, "label": i} for i, x in enumerate(pictures)])
+    tokenizer = character_tokenizer(["abcdefg"])
+    tokenizer.mask_token = tokenizer.unk_token
+    rows = [tokenizer(text, return_token_type_ids=False) for text in texts]
+    if kind == "classification":
+        return dict(DataCollatorWithPadding(tokenizer)([{**row, "label": i} for i, row in enumerate(rows)]))
+    if "seq2seq" in kind:
+        rows = [{**row, "labels": row["input_ids"][::-1]} for row in rows]
+        return dict(DataCollatorForSeq2Seq(tokenizer, model if "+" in kind else None)(rows))
+    masked = {"mlm": True, "mlm_probability": 0.6} if kind == "masked" else {"mlm": False}
+    return dict(DataCollatorForLanguageModeling(tokenizer, **masked)(rows))
+
+
+def read_by_hand(model: nn.Module, kind: str, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The mean loss of all labels and that of each example, labels read as the model's own loss reads them."""
+    logits, labels = logits_of(model(**(batch if hasattr(model, "config") else model_inputs(batch)))), batch["labels"]
+    if kind == "causal" and hasattr(model, "config"):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    of_all = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    if hasattr(model, "config"):  # it computes its loss in float32
+        assert float(model(**batch).loss) == pytest.approx(float(of_all), abs=1e-6)
+    of_each = torch.stack([F.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True)])
+    counts = (labels != -100).reshape(len(labels), -1).sum(1)
+    assert float((counts * of_each).sum() / counts.sum()) == pytest.approx(float(of_all), abs=1e-12)
+    return of_all, of_each
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12:FutureWarning")  # EncoderDecoderModel, of its loss
+@pytest.mark.parametrize("texts", [["abcd", "bdfg"], ["abcde", "gf"]], ids=["alike", "ragged"])
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_labels_mean_what_the_model_s_own_loss_makes_of_them(name: str, texts: list[str]) -> None:
+    """Ours is the mean of each example's mean; Hugging Face's, of all labels: the same where examples have as many."""
+    model, kind = build(name).eval(), FAMILIES[name].kind
+    fast = FunctionalModel(ModelStructure(model), dict(model.named_parameters()), dict(model.named_buffers()))
+    ones = metaopt.FixedWeights(torch.ones(2)).double()
+    for collator, start in (("seq2seq", 0), ("seq2seq", 1), ("seq2seq+", 1)) if kind == "seq2seq" else ((kind, 0),):
+        if kind == "seq2seq":
+            model.config.pad_token_id, model.config.decoder_start_token_id = 0, start  # type: ignore[union-attr]
+        batch = collated(collator, model, texts)
+        of_all, of_each = read_by_hand(model, kind, batch)
+        seen: Any = {**batch, "index": torch.arange(2), "note": ["a", "b"], "group": torch.ones(2)}
+        for found in (
+            metaopt.CrossEntropy()(fast, seen, ones, {}),
+            metaopt.WeightedLoss()(fast, seen, ones, {}),
+            metaopt.ValidationLoss("model")({"model": fast}, seen, ones),
+        ):
+            assert float(found) == pytest.approx(float(of_each.mean()), abs=1e-12)
+            if kind != "masked" and texts[0] == "abcd":
+                assert float(found) == pytest.approx(float(of_all), abs=1e-12)
 
 
 @pytest.mark.slow

@@ -233,8 +233,11 @@ def test_a_loss_of_ones_own_may_say_what_it_needs():
 
 
 def test_an_encoder_decoder_teacher_needs_decoder_inputs():
-    batch = {k: v for k, v in text_batch().items() if k != "decoder_input_ids"}
+    labelled = {k: v for k, v in text_batch().items() if k != "decoder_input_ids"}
+    batch = {k: v for k, v in labelled.items() if k != "labels"}
     teacher = trained_model(bert2bert(), text_batch())
     for loss in (metaopt.Distillation(), metaopt.HiddenStates(), metaopt.ExpectedEmbeddings()):
         with pytest.raises(metaopt.ConfigError, match=r"holds no decoder_input_ids .*handover=decoded or generated"):
             loss(teacher, batch, example_weights(), {"teacher": teacher})
+        with pytest.raises(metaopt.ConfigError, match="no decoder_input_ids of the labels: .* decoder_start_token_id"):
+            loss(teacher, labelled, example_weights(), {"teacher": teacher})

@@ -36,8 +36,9 @@ def evaluating(model: Any) -> Iterator[Callable[..., Any]]:
 
 def to_model(batch: Batch, model: Any) -> dict[str, Tensor]:
     """Return the batch on the device of the model's first parameter; a plain function gets it as it is."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return {name: value if first is None else value.to(first.device) for name, value in batch.items()}
+    first: Any = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    moved = [] if first is None else [name for name, value in batch.items() if isinstance(value, Tensor)]
+    return {**batch, **{name: batch[name].to(first.device) for name in moved}}
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def sequence_score(
         for batch in batches:
             batch = to_model(batch, module)
             labels, counts = batch["labels"], batch["labels"] != IGNORED
-            guesses = logits_of(module(**model_inputs(batch))).argmax(-1)
+            guesses = logits_of(module(**model_inputs(batch, module))).argmax(-1)
             right_tokens += int(((guesses == labels) & counts).sum())
             tokens += int(counts.sum())
             inputs = batch["input_ids"], batch.get("attention_mask")
@@ -129,7 +130,7 @@ def accuracy_score(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
     with evaluating(model) as module:
         for batch in batches:
             batch = to_model(batch, module)
-            guesses = logits_of(module(**model_inputs(batch))).argmax(-1)
+            guesses = logits_of(module(**model_inputs(batch, module))).argmax(-1)
             right += int((guesses == batch["labels"]).sum())
             examples += len(batch["labels"])
     if not examples:

@@ -37,8 +37,8 @@ class Collator:
     """Makes a batch of rows: fills up to the longest, marks the filler, and shifts what is predicted.
 
     - `answers` become `labels`, and `decoder_input_ids`: the same behind `start`, without their last token.
-    - With `causal`, the inputs are a whole text: `labels[t]` is its token t + 1, and the last token is no input. The
-      first `num_prompt` tokens are given and not predicted.
+    - With `causal`, the inputs are a whole text, and `labels` are its tokens, which a causal model's loss shifts. The
+      first `num_prompt` tokens (the begin token at least) are given and not predicted.
     - `labels`, `index` and `source` are taken as they are.
 
     Args:
@@ -56,8 +56,7 @@ class Collator:
         batch = {name: torch.tensor([row[name] for row in rows]) for name in ("index", "source") if name in rows[0]}
         if self.causal:
             given = [row.get("num_prompt", 1) for row in rows]
-            predicted = [[IGNORED] * (n - 1) + list(text[max(n, 1) :]) for text, n in zip(tokens, given, strict=True)]
-            tokens = [text[:-1] for text in tokens]
+            predicted = [[IGNORED] * n + list(text[n:]) for text, n in zip(tokens, given, strict=True)]
             batch["labels"] = filled(predicted, IGNORED)
         batch["input_ids"] = filled(tokens, self.pad)
         batch["attention_mask"] = filled([[1] * len(text) for text in tokens], 0)

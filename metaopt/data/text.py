@@ -58,8 +58,9 @@ def text(
     `source` [B] where there is such a column. What is to be predicted depends on the task:
 
     - `seq2seq`: `labels` and `decoder_input_ids` [B, M], the same one position later.
-    - `causal`: `labels` [B, L], the token after each position: of the target behind the input and a separator, or of
-      the whole input where `target` is None.
+    - `causal`: `labels` [B, L], the tokens themselves, as Hugging Face's causal models take them and shift them: of
+      the target behind the input and a separator, or of the whole input where `target` is None. A model of one's own
+      has `loss_type = "ForCausalLM"` as an attribute, so that its labels are shifted, too.
     - `classification`: `labels` [B]; the classes are the different values of `target` in `train`, in order.
 
     Args:

@@ -64,9 +64,10 @@ def causal_score(
     with evaluating(model) as module:
         for batch in batches:
             batch = to_model(batch, module)
-            counts = batch["labels"] != IGNORED
-            guesses = logits_of(module(**model_inputs(batch))).argmax(-1)
-            right_tokens += int(((guesses == batch["labels"]) & counts).sum())
+            labels = batch["labels"][:, 1:]  # of a text the model is asked for each next token
+            counts = labels != IGNORED
+            guesses = logits_of(module(**model_inputs(batch, module))).argmax(-1)[:, :-1]
+            right_tokens += int(((guesses == labels) & counts).sum())
             tokens += int(counts.sum())
             examples += len(counts)
             if with_answers:
@@ -83,8 +84,8 @@ def prompts_and_answers(batch: Batch) -> tuple[list[list[int]], list[list[int]]]
     """Return, from a batch of texts to be continued, what is given of each and what is to be predicted."""
     prompts, answers = [], []
     for tokens, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels) - 1)
-        prompts.append(tokens[: first + 1])
+        first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+        prompts.append(tokens[:first])
         answers.append([label for label in labels if label != IGNORED])
     return prompts, answers
 
@@ -123,7 +124,7 @@ def class_answers(tokenizer: Any, names: Sequence[str], model: Any, batches: Ite
     with evaluating(model) as module:
         for batch in _first(batches, count):
             batch = to_model(batch, module)
-            guesses = logits_of(module(**model_inputs(batch))).argmax(-1)
+            guesses = logits_of(module(**model_inputs(batch, module))).argmax(-1)
             texts = _read(tokenizer, batch["input_ids"].tolist())
             named = [[names[i] for i in numbers.tolist()] for numbers in (batch["labels"], guesses)]
             shown += zip(texts, *named, strict=True)

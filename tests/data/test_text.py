@@ -23,7 +23,7 @@ from metaopt.data.text import text
 from metaopt.data.text_scores import greedy_continue
 from metaopt.data.text_tokens import character_tokenizer
 from metaopt.errors import ConfigError
-from metaopt.losses import IGNORED, cross_entropy_per_example, logits_of, model_inputs
+from metaopt.losses import IGNORED, label_losses, mean_over_positions
 
 pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -178,25 +178,26 @@ def test_the_first_token_of_a_decoder_can_be_given(folder: Folder) -> None:
     assert (batches(bundle.test)[0]["decoder_input_ids"][:, 0] == 2).all()
 
 
-def test_causal_labels_are_the_next_tokens_of_the_answer(folder: Folder) -> None:
+def test_causal_labels_are_the_tokens_of_the_answer(folder: Folder) -> None:
     bundle = folder.load("causal", separator="=")
     for batch in batches(bundle.train):
         tokens, labels = batch["input_ids"], batch["labels"]
         counts = labels != IGNORED
-        both = counts[:, :-1] & (labels[:, :-1] != bundle.facts["eos_token_id"])
-        assert torch.equal(labels[:, :-1][both], tokens[:, 1:][both])
+        assert torch.equal(labels[counts], tokens[counts])
         assert read(bundle, labels) == [WORDS[i][::-1] for i in batch["index"].tolist()]
         assert read(bundle, tokens) == [f"{WORDS[i]}={WORDS[i][::-1]}" for i in batch["index"].tolist()]
+        assert counts.sum(1).tolist() == [len(WORDS[i]) + 1 for i in batch["index"].tolist()]  # and the end token
         assert (tokens[:, 0] == bundle.facts["bos_token_id"]).all()
         assert not (counts & (batch["attention_mask"] == 0)).any()
-    assert bundle.facts["max_length"] == max(b["input_ids"].shape[1] for b in batches(bundle.train)) + 1
+    assert bundle.facts["max_length"] == max(b["input_ids"].shape[1] for b in batches(bundle.train))
 
 
 def test_a_causal_text_without_target_is_its_own(folder: Folder) -> None:
     bundle = folder.load("causal", target=None)
     (batch,) = batches(bundle.test)
     assert read(bundle, batch["input_ids"]) == read(bundle, batch["labels"]) == WORDS[PARTS["test"]]
-    assert torch.equal(batch["labels"] != IGNORED, batch["attention_mask"].bool())
+    assert torch.equal(batch["labels"][:, 1:] != IGNORED, batch["attention_mask"][:, 1:].bool())
+    assert (batch["labels"][:, 0] == IGNORED).all()  # the begin token is given
     assert bundle.selection_metric == "token_accuracy"
 
 
@@ -232,23 +233,20 @@ GPT2_SIZES = {"n_embd": 8, "n_layer": 1, "n_head": 2}
 
 @pytest.mark.parametrize(("kind", "family", "sizes"), [("seq2seq", "t5", T5_SIZES), ("causal", "gpt2", GPT2_SIZES)])
 def test_filler_changes_no_loss(kind: Any, family: str, sizes: dict[str, Any], folder: Folder) -> None:
-    """Each example's loss in a batch is the one that it has alone."""
+    """Each example's loss in a batch is the one that it has alone, and that which the model itself gives it."""
     bundle = folder.load(kind, validation_batch_size=1)
     names = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "max_length", "max_target_length")
     model = from_config(kind, family, sizes, **{name: bundle.facts[name] for name in names}).double().eval()
 
     def losses(stream: Iterable[Any]) -> Tensor:
-        return torch.cat(
-            [
-                cross_entropy_per_example(logits_of(model(**model_inputs(batch))), batch["labels"]).detach()
-                for batch in stream
-            ]
-        )
+        return torch.cat([mean_over_positions(*label_losses(model, batch)).detach() for batch in stream])
 
     together = losses(folder.load(kind, validation_batch_size=4).test)
     alone = losses(bundle.test)
     assert len({batch["input_ids"].shape for batch in batches(bundle.test)}) > 1
     assert torch.allclose(together, alone, rtol=1e-6)  # T5's norm works in float32
+    own = torch.stack([model(**batch).loss.detach().double() for batch in bundle.test])
+    assert torch.allclose(alone, own, rtol=1e-6)
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------
@@ -321,6 +319,7 @@ class Oracle:
         for n, batch in enumerate(batches(bundle.test)):
             for i, labels in enumerate(batch["labels"].tolist()):
                 tokens = (batch["input_ids"] if causal else batch["decoder_input_ids"])[i].tolist()
+                labels = labels[1:] if causal else labels
                 key = () if causal else tuple(batch["input_ids"][i].tolist())
                 for t, label in enumerate(labels):
                     spoilt = wrong and n == i == 0 and label != IGNORED
