@@ -23,8 +23,18 @@ from small import (
     two_stages,
 )
 from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+)
 
 import metaopt
+from metaopt import estimators
 from metaopt.losses import (
     cross_entropy_per_example,
     find_upstream,
@@ -121,6 +131,140 @@ def test_a_loss_says_which_of_several_meta_parameters_it_reads():
     with pytest.raises(metaopt.ConfigError, match=r"'first', but they are one module without a name"):
         one_stage(metaopt.WeightedLoss("first")).unroll(example_weights())
     assert_same(one_stage().unroll({"alone": several["first"]}).losses["only"], losses["first"])
+
+
+# --- what labels mean
+
+
+def gpt2(kind: Any = GPT2LMHeadModel, **options: Any) -> Any:
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return kind(GPT2Config(vocab_size=11, n_positions=16, **sizes, **drop, **options)).double()
+
+
+class Wrapped(nn.Module):
+    """A user's own module around a model, of whose forward nothing shows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        return self.model(**inputs).logits
+
+
+class Overridden(GPT2LMHeadModel):
+    def forward(self, input_ids: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        return super().forward(input_ids, **options)
+
+
+class Bigram(nn.Module):
+    """A plain module, which says that its labels are to be shifted."""
+
+    loss_type = "ForCausalLM"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 11, dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.table(input_ids)
+
+
+def test_a_causal_model_learns_the_next_token_and_not_to_copy():
+    start = torch.arange(6)[:, None]
+    tokens = (start + 2 * torch.arange(7)) % 11  # the next token is the last one plus 2
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens, "index": start[:, 0]}
+    chain = one_stage(metaopt.CrossEntropy(), [batch], model=gpt2(), optimizer=ADAM, num_steps=25)
+    guesses = chain.unroll(example_weights(6))["only"](input_ids=tokens).logits.argmax(-1)
+    assert float((guesses[:, :-1] == tokens[:, 1:]).double().mean()) > 0.95
+    assert float((guesses == tokens).double().mean()) < 0.1
+
+
+@pytest.mark.parametrize("model", [gpt2(), Wrapped(gpt2()), gpt2(Overridden), Bigram()], ids=lambda m: type(m).__name__)
+def test_the_weight_of_a_token_is_that_of_its_own_loss(model: Any) -> None:
+    batch = {**text_batch(decoder=False), "note": ["a", "b", "c", "d"]}
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == 4, -100)
+    weights = metaopt.TokenWeights(11).double()
+    nn.init.normal_(weights.logits)
+    table, logits = weights.weights(), logits_of(model(input_ids=batch["input_ids"]))
+    rows = []
+    for log_p, labels in zip(logits.log_softmax(-1), batch["labels"].tolist(), strict=True):
+        terms = [-table[y] * log_p[t - 1, y] for t, y in enumerate(labels) if t > 0 and y != -100]
+        rows.append(torch.stack(terms).mean())
+    found = metaopt.WeightedLoss()(model, batch, weights, {})
+    assert_same(found.detach(), torch.stack(rows).mean().detach(), 1e-14)
+    smoothed = metaopt.LabelSmoothing()(model, batch, weights, {})
+    counts = batch["labels"][:, 1:] != -100
+    assert_same(smoothed, mean_over_positions(-logits.log_softmax(-1).mean(-1)[:, :-1], counts).mean(), 1e-14)
+
+
+BART_SIZES: dict[str, Any] = {"d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+BERT_SIZES: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 11}
+UNSHIFTED = {
+    "a decoder that leaves the shift to the data": lambda: BartForCausalLM(BartConfig(vocab_size=11, **BART_SIZES)),
+    "a tagger": lambda: BertForTokenClassification(BertConfig(vocab_size=11, **BERT_SIZES)),
+    "a causal tagger": lambda: gpt2(GPT2ForTokenClassification, num_labels=11),
+}
+
+
+@pytest.mark.parametrize("case", UNSHIFTED)
+def test_a_loss_that_does_not_shift_is_not_shifted(case: str) -> None:
+    model = UNSHIFTED[case]().double().eval()
+    batch = text_batch(decoder=False)
+    own = model(**inputs_of(batch), labels=batch["labels"]).loss
+    found = metaopt.CrossEntropy()(model, batch, example_weights(), {})
+    assert float(found.detach()) == pytest.approx(float(own.detach()), abs=1e-6)
+
+
+# --- what models receive
+
+
+def test_a_model_receives_what_its_forward_takes():
+    batch: Any = {**text_batch(), "note": ["a"] * 4, "group": torch.ones(4)}
+    more = {"attention_mask", "input_ids"}
+    assert set(model_inputs(batch, gpt2())) == set(model_inputs(batch, Wrapped(gpt2()))) == more
+    assert set(model_inputs(batch, bert2bert())) == {*more, "decoder_input_ids"}
+    assert set(model_inputs(batch, Bigram())) == {"input_ids"}
+    assert set(model_inputs(batch, Given(torch.ones(1)))) == {*more, "decoder_input_ids", "note", "group"}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'features'"):
+        metaopt.CrossEntropy()(Bigram(), {"features": torch.ones(2), "labels": torch.ones(2)}, example_weights(), {})  # type: ignore[arg-type]
+
+
+UNROLLED = estimators.Unrolled(), estimators.Unrolled()
+SWEPT = estimators.Checkpointed(), estimators.Checkpointed(product=estimators.Captured())
+
+
+@pytest.mark.parametrize("used", [UNROLLED, SWEPT], ids=["unrolled", "checkpointed, captured"])
+def test_further_columns_and_labels_alone_are_enough_for_encoder_decoders(used: Any) -> None:
+    """The same hypergradient as with decoder inputs made by hand, nothing else in the batch, and `Unrolled`."""
+
+    def hypergradient(batches: list[Any], used: Any) -> Tensor:
+        torch.manual_seed(1)
+        models = [bert2bert(), bert2bert()]
+        for model in models:
+            model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+        chain = metaopt.Chain(
+            teacher=metaopt.Stage(models[0], ADAM, metaopt.WeightedLoss(), batches, 2, used[0], seed=1),
+            student=metaopt.Stage(models[1], ADAM, metaopt.Distillation("teacher"), batches, 2, used[1], seed=2),
+        )
+        weights = example_weights(4)
+        meta_loss = metaopt.ValidationLoss("student")(chain.unroll(weights), batches[0], weights)
+        return metaopt.hypergradient(meta_loss, weights)["logits"]
+
+    plain = [text_batch(seed, decoder=False) for seed in range(2)]
+    for batch in plain:
+        del batch["source"]
+        batch["labels"][1, 3:] = -100
+    by_hand = [
+        {**b, "decoder_input_ids": torch.cat([torch.ones(4, 1).long(), b["labels"][:, :-1].clamp(min=0)], dim=1)}
+        for b in plain
+    ]
+    rich = [{**b, "group": torch.ones(4), "note": ["a", "b", "c", "d"]} for b in plain]
+    found, expected = hypergradient(rich, used), hypergradient(by_hand, UNROLLED)
+    assert expected.abs().max() > 1e-6
+    assert_same(found, expected, 1e-12 * float(expected.abs().max()))
 
 
 # --- distillation

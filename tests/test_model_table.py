@@ -1,7 +1,8 @@
 """The model families that a stage can train: the table of `experiments/models/run.py`, and what a stage leaves of them.
 
-Labels: what the model's own loss makes of a batch from its family's collator. Forward: bitwise the plain module's, hidden states included. Hypergradient, also through hidden states: at most 1e-6
-from central differences of the whole training. Tied weights stay tied.
+Labels: what the model's own loss makes of a batch from its family's collator. Forward: bitwise the plain module's,
+hidden states included. Hypergradient, also through hidden states: at most 1e-6 from central differences of the whole
+training. Tied weights stay tied.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def collated(kind: str, model: nn.Module, texts: list[str]) -> dict[str, Tensor]
     if "seq2seq" in kind:
         rows = [{**row, "labels": row["input_ids"][::-1]} for row in rows]
         return dict(DataCollatorForSeq2Seq(tokenizer, model if "+" in kind else None)(rows))
-    masked = {"mlm": True, "mlm_probability": 0.6} if kind == "masked" else {"mlm": False}
+    masked: dict[str, Any] = {"mlm": True, "mlm_probability": 0.6} if kind == "masked" else {"mlm": False}
     return dict(DataCollatorForLanguageModeling(tokenizer, **masked)(rows))
 
 

@@ -239,5 +239,5 @@ def test_an_encoder_decoder_teacher_needs_decoder_inputs():
     for loss in (metaopt.Distillation(), metaopt.HiddenStates(), metaopt.ExpectedEmbeddings()):
         with pytest.raises(metaopt.ConfigError, match=r"holds no decoder_input_ids .*handover=decoded or generated"):
             loss(teacher, batch, example_weights(), {"teacher": teacher})
-        with pytest.raises(metaopt.ConfigError, match="no decoder_input_ids of the labels: .* decoder_start_token_id"):
+        with pytest.raises(metaopt.ConfigError, match=r"no decoder_input_ids of the labels: .* decoder_start_token_id"):
             loss(teacher, labelled, example_weights(), {"teacher": teacher})
