@@ -133,7 +133,7 @@ def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: [B, C] or [B, L, C].
-        labels: [B] or [B, L]; −100 marks positions that do not count.
+        labels: [B] or [B, L], those of the logits' places (`aligned_labels`); −100 marks positions that do not count.
 
     Returns:
         [B], in nats.

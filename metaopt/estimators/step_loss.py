@@ -77,7 +77,10 @@ class StepLoss:
     def obstacle(self) -> str | None:
         """What differs from step to step beside tensors."""
         strange = [type(x).__name__ for x in self._constants if not isinstance(x, _PLAIN)]
-        return f"a {strange[0]} in the batch" if strange else ", ".join(sorted(self._loop.beside)) or None
+        texts = {tuple(x for x in pytree.tree_leaves(list(step)) if isinstance(x, str)) for step in self._loop.batches}
+        if strange or len(texts) > 1:
+            return f"a {strange[0]} in the batch" if strange else "texts in the batch that differ from step to step"
+        return ", ".join(sorted(self._loop.beside)) or None
 
     @property
     def signature(self) -> Hashable:

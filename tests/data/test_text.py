@@ -441,19 +441,21 @@ def test_streams_that_overlap_are_refused(folder: Folder) -> None:
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-def test_the_command_on_files_in_a_foreign_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "cut"), [("seq2seq", "2 of 8 train inputs (longest: 4)"), ("causal", "8 of 8 train")])
+def test_the_command_on_files_in_a_foreign_folder(task: str, cut: str, tmp_path: Path) -> None:
     Folder(tmp_path)
     write(tmp_path / "validation.csv", rows(WORDS[PARTS["validation"]]))
     write(tmp_path / "more.parquet", [{"word": word} for word in ("bad", "cage", "fad")])
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
     streams = ["train=train.jsonl", "validation=validation.csv", "selection=selection.jsonl", "test=test.jsonl"]
-    options = [*streams, "unlabelled=more.parquet", "task=seq2seq", "input=word", "target=answer", "source=author"]
+    options = [*streams, "unlabelled=more.parquet", f"task={task}", "input=word", "target=answer", "source=author"]
     line = [sys.executable, "-m", "metaopt", "data=text", *(f"data.{option}" for option in [*options, "max_length=3"])]
     line += ["debug=tiny", "trainer.validation_batches=2", "data.validation_batch_size=2", "output.plots=false"]
     line += ["trainer.check_first_step=false", "final.compare=[]", "output.save_models=false"]
+    line += ["model=gpt2", "handover=soft_labels"] if task == "causal" else []
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("2 of 8 train inputs (longest: 4)") == 1
+    assert done.stdout.count(cut) == 1
     assert "bob" in done.stdout
     (result,) = tmp_path.glob("outputs/*/*/result.json")
     found = json.loads(result.read_text())
