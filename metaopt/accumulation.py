@@ -29,7 +29,7 @@ def mean_meta_loss(
         objective: a meta-objective.
         trained: outcome of an unroll.
         batches: of the validation stream, n ≥ 1.
-        meta_params: one module or a named mapping.
+        meta_params: a tensor, a module or a named mapping.
     """
     batches = list(batches)
     if not batches:

@@ -12,7 +12,7 @@ from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerResult
 from metaopt.losses import InnerLoss
-from metaopt.meta_params import AnyMetaParameters, named_tensors
+from metaopt.meta_params import AnyMetaParameters, as_modules, named_tensors
 from metaopt.stage import Stage, move
 
 _CHUNK = 64  # steps of plain training between two looks ahead in the data
@@ -101,6 +101,7 @@ class Chain:
         Neither weights, optimizer state, batch streams nor random state are changed: the same call gives the same
         bits. Under `torch.no_grad()` it is a plain sweep of the same steps.
         """
+        meta_params = as_modules(meta_params)
         owners = self._owners_apart_from(meta_params)
         results: dict[str, InnerResult] = {}
         models = Models()

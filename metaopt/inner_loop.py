@@ -21,7 +21,7 @@ from metaopt.functional import Call, FunctionalModel, InnerModel, Models
 from metaopt.graphs import foreign_parameters
 from metaopt.guards import naming_inference_tensors, refuse_recomputation, refuse_single_derivative
 from metaopt.losses import InnerLoss, require_scalar
-from metaopt.meta_params import AnyMetaParameters
+from metaopt.meta_params import AnyMetaParameters, as_given
 from metaopt.model_structure import ModelStructure
 from metaopt.optimizers import State, UpdateRule
 from metaopt.random_state import python_draws, seeded
@@ -100,7 +100,7 @@ class InnerLoop:
         params = dict(own)
         if self.initial is None or not self.first_of_training:
             return params
-        for name, value in self.initial(meta_params, upstream).items():
+        for name, value in self.initial(as_given(meta_params), upstream).items():
             if name not in params or value.shape != params[name].shape:
                 raise StageError(
                     f"stage {self.name!r}: initial gives {name!r} of shape {list(value.shape)}, which is no trained "
@@ -129,13 +129,13 @@ class InnerLoop:
         """
         torch.clear_autocast_cache()  # it would keep the low-precision copy of a weight that has moved since
         own = {name: buffer.clone() for name, buffer in buffers.items()}
-        moved = dict(own)
+        moved, given = dict(own), as_given(meta_params)
         model = InnerModel(self.structure, params, moved, training=True, call=call)
         model.read_step = functools.partial(self._read_step, t)
         with naming_inference_tensors(self.name), seeded(self.seeds[t], self.device), self.casting():
             drawn = python_draws()
             losses = [
-                require_scalar(self.loss(model, batch, meta_params, upstream), f"the loss of stage {self.name!r}")
+                require_scalar(self.loss(model, batch, given, upstream), f"the loss of stage {self.name!r}")
                 for batch in (self.batches[t] if batches is None else batches)
             ]
             if python_draws() != drawn:

@@ -77,7 +77,7 @@ class InnerLoss(ABC):
         Args:
             model: the stage's own model at the present inner step; call it, or read its `.params`.
             batch: what the stage's stream yields.
-            meta_params: as they were given to `chain.unroll`: one module or a named mapping.
+            meta_params: as they were given to `chain.unroll`: a tensor, a module or a named mapping.
             upstream: name → trained model, for every earlier stage, in eval mode.
         """
 

@@ -35,7 +35,7 @@ class MetaParameters(nn.Module):
         return Uniform()
 
 
-AnyMetaParameters = nn.Module | Mapping[str, nn.Module]
+AnyMetaParameters = nn.Module | Tensor | Mapping[str, nn.Module | Tensor]
 
 
 class _TableOfWeights(MetaParameters):
@@ -177,6 +177,34 @@ class FixedWeights(MetaParameters):
         return look_up(self.table, batch, self.key, type(self).__name__)
 
 
+class TensorWeights(MetaParameters):
+    """A user's own tensor, learned as it is; to losses that read a module, entry i is the weight of example i.
+
+    Args:
+        tensor: itself, not a copy.
+        name: what it is called.
+    """
+
+    key = "index"
+
+    def __init__(self, tensor: Tensor, name: str = "") -> None:
+        super().__init__()
+        self._name = name
+        self._parameters[name] = tensor  # type: ignore[assignment]  # `register_parameter` takes nn.Parameters only
+
+    def weights(self) -> Tensor:
+        """Return the tensor [n]."""
+        return self._parameters[self._name]  # type: ignore[return-value]
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight of each example of the batch [batch size]."""
+        return look_up(self.weights(), batch, self.key, "a tensor as meta-parameters")
+
+    def baseline(self) -> nn.Module:
+        """Return ones of its shape."""
+        return TensorWeights(torch.ones_like(self.weights()), self._name)
+
+
 def in_bounds(index: Tensor, size: int) -> bool:
     """Whether all of `index` lies in [0, size); a tensor of a captured graph has no values yet, and passes."""
     if isinstance(index, FakeTensor) or not index.numel():
@@ -229,7 +257,7 @@ def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:
     like = next(iter(named_tensors(meta_params).values()), None)
     for module in plain.values():
         module.requires_grad_(False).to(like) if like is not None else None
-    return plain.get("", plain)
+    return as_given(plain.get("", plain))
 
 
 def summary(meta_params: AnyMetaParameters) -> dict[str, float]:
@@ -241,15 +269,40 @@ def summary(meta_params: AnyMetaParameters) -> dict[str, float]:
 
 
 def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:
-    """Return meta-parameters as a mapping of modules; a single module goes under the empty name."""
+    """Return meta-parameters as a mapping of modules; a single one goes under the empty name."""
+    modules = as_modules(meta_params)
+    return {"": modules} if isinstance(modules, nn.Module) else dict(modules)
+
+
+def as_modules(meta_params: AnyMetaParameters) -> nn.Module | Mapping[str, nn.Module]:
+    """Return meta-parameters with a module around each tensor, so that it can be lent another; `as_given` undoes it."""
+    if isinstance(meta_params, Tensor):
+        return _around(meta_params, "meta_params", "meta_params")
     if isinstance(meta_params, nn.Module):
-        return {"": meta_params}
-    if isinstance(meta_params, Mapping) and all(isinstance(m, nn.Module) for m in meta_params.values()):
-        return dict(meta_params)
+        return meta_params
+    if isinstance(meta_params, Mapping) and all(isinstance(m, (nn.Module, Tensor)) for m in meta_params.values()):
+        named = meta_params.items()
+        return {n: _around(m, "", f"meta_params[{n!r}]") if isinstance(m, Tensor) else m for n, m in named}
     raise ConfigError(
-        f"meta-parameters: a {type(meta_params).__name__}; give an nn.Module (metaopt.ExampleWeights(...), or your own "
-        "with nn.Parameters), or a mapping of names to modules"
+        f"meta-parameters: a {type(meta_params).__name__}; give a tensor that requires grad, an nn.Module "
+        "(metaopt.ExampleWeights(...), or your own with nn.Parameters), or a mapping of names to such"
     )
+
+
+def _around(tensor: Tensor, name: str, where: str) -> TensorWeights:
+    if not tensor.is_leaf:
+        raise ConfigError(
+            f"meta-parameters: the tensor is computed from others ({tensor.grad_fn}), so no optimizer can move it; "
+            f"give the one that it is computed from, and compute it in the loss: {where}.sigmoid()"
+        )
+    return TensorWeights(tensor, name)
+
+
+def as_given(meta_params: AnyMetaParameters) -> AnyMetaParameters:
+    """Return meta-parameters as user code gets them: a tensor where a tensor was given, the lent one while it is."""
+    if isinstance(meta_params, Mapping) and any(isinstance(m, TensorWeights) for m in meta_params.values()):
+        return {name: m.weights() if isinstance(m, TensorWeights) else m for name, m in meta_params.items()}
+    return meta_params.weights() if isinstance(meta_params, TensorWeights) else meta_params
 
 
 def named_tensors(meta_params: AnyMetaParameters) -> dict[str, Tensor]:
@@ -269,7 +322,7 @@ def rebound(meta_params: AnyMetaParameters, tensors: Mapping[str, Tensor]) -> It
     """Let meta-parameters have other tensors inside the block, so that whoever reads them is in another graph.
 
     Args:
-        meta_params: one module or a named mapping.
+        meta_params: one module or a named mapping, of modules only.
         tensors: by the names of `named_tensors`.
     """
     with ExitStack() as stack:
@@ -283,18 +336,20 @@ def rebound(meta_params: AnyMetaParameters, tensors: Mapping[str, Tensor]) -> It
 
 
 def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any:
-    """Return the module that a loss reads: the one called `name`, or the only one there is.
+    """Return the module that a loss reads: the one called `name`, or the only one there is; around a tensor, one.
 
     Args:
         meta_params: one module or a named mapping.
         name: None when there is only one.
         reader: the class that asks, for the error message.
     """
-    if isinstance(meta_params, nn.Module) and not isinstance(meta_params, nn.ModuleDict):
+    if isinstance(meta_params, Tensor) or (
+        isinstance(meta_params, nn.Module) and not isinstance(meta_params, nn.ModuleDict)
+    ):
         if name is None:
-            return meta_params
+            return TensorWeights(meta_params) if isinstance(meta_params, Tensor) else meta_params
         raise ConfigError(f"{reader} reads meta-parameters {name!r}, but they are one module without a name")
-    modules = dict(meta_params.items())
+    modules = {n: TensorWeights(m) if isinstance(m, Tensor) else m for n, m in meta_params.items()}
     if name is None and len(modules) == 1:
         return next(iter(modules.values()))
     if name is None or name not in modules:

@@ -27,7 +27,7 @@ def mixed_vjp(
     Args:
         loss: L, a scalar in the graph of `params` and `meta_params`; the graph is kept.
         params: name → θ, such as `dict(model.named_parameters())`.
-        meta_params: one module or a named mapping.
+        meta_params: a tensor, a module or a named mapping.
         cotangent: name → v, in θ's shape; ones for all if None, and none for names that are left out.
 
     Raises:

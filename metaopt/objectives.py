@@ -33,7 +33,7 @@ class MetaObjective(ABC):
         Args:
             trained: stage name → trained model, in eval mode (`trained["student"].train()` for the other).
             batch: of the validation stream.
-            meta_params: one module or a named mapping.
+            meta_params: a tensor, a module or a named mapping.
         """
 
 

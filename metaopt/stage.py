@@ -19,7 +19,7 @@ from metaopt.handover import HandOver
 from metaopt.inner_loop import InnerLoop, InnerResult, LossFunction, Transform, Upstream
 from metaopt.learned import FromMeta
 from metaopt.losses import InnerLoss
-from metaopt.meta_params import AnyMetaParameters, as_named
+from metaopt.meta_params import AnyMetaParameters, as_given, as_named
 from metaopt.model_structure import ModelStructure
 from metaopt.optimizers import Schedule, UpdateRule, make_optimizer, per_element
 from metaopt.random_state import derived_seed, draw_seed, seeded
@@ -196,7 +196,7 @@ class Stage:
 
     def _hyperparameters(self, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
         scheduled = self._schedule.at(t) if self._schedule is not None else {}
-        learned = self.overrides(meta_params, step) if self.overrides is not None else {}
+        learned = self.overrides(as_given(meta_params), step) if self.overrides is not None else {}
         both = [key for key in learned if key in scheduled]
         if both:
             raise ConfigError(

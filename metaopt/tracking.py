@@ -93,6 +93,7 @@ def load_meta_params(meta_params: AnyMetaParameters, folder: str | Path, last: b
     for prefix, module in as_named(meta_params).items():
         start = f"{prefix}." if prefix else ""
         own = {name.removeprefix(start): tensor for name, tensor in found.items() if name.startswith(start)}
+        own |= {"": found[prefix]} if prefix in found else {}  # a tensor of its own
         try:
             module.load_state_dict(own)
         except RuntimeError as error:

@@ -279,7 +279,7 @@ def _check_covers(optimizer: Optimizer, meta_params: AnyMetaParameters) -> None:
     if still:
         raise ConfigError(
             f"the meta-optimizer does not hold the meta-parameter {', '.join(map(repr, still))}, which would never "
-            "move; build it over meta_params.parameters()"
+            "move; build it over meta_params.parameters(), or over [A] of a tensor A"
         )
 
 

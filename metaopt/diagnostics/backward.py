@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.errors import MissingPathError, NonFiniteError
+from metaopt.errors import ConfigError, MissingPathError, NonFiniteError
 from metaopt.losses import require_scalar
-from metaopt.meta_params import AnyMetaParameters, named_tensors
+from metaopt.meta_params import AnyMetaParameters, TensorWeights, as_named, named_tensors
 
 WHERE = (
     "No loss or objective reads it, or argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) stands between "
@@ -30,6 +30,11 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
             "lower the inner learning rate or the number of inner steps. No meta-parameter was changed"
         )
     if not tensors:
+        if any(isinstance(module, TensorWeights) for module in as_named(meta_params).values()):
+            raise ConfigError(
+                "the meta-parameters are given as a tensor that does not require grad, so nothing can be learned: "
+                "torch.rand(2, requires_grad=True), or A.requires_grad_()"
+            )
         return {}
     if not meta_loss.requires_grad:
         _raise_missing(list(tensors), "the meta-loss has no graph at all")
@@ -60,7 +65,7 @@ def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Ten
 
     Args:
         meta_loss: scalar.
-        meta_params: one module or a named mapping.
+        meta_params: a tensor, a module or a named mapping.
 
     Returns:
         Name → hypergradient.

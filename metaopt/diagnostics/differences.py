@@ -45,6 +45,7 @@ class Pipeline:
         self._chain, self._objective, self._seed, self._on_run = chain.twin(torch.float64), objective, seed, on_run
         if isinstance(objective, nn.Module):
             self._objective = copy.deepcopy(objective).double()
+        as_named(meta_params)  # refuses a tensor that cannot be copied
         self.meta_params = copy.deepcopy(meta_params)
         for module in as_named(self.meta_params).values():
             module.double()

@@ -25,7 +25,7 @@ from metaopt.estimators.update_vjp import Below
 from metaopt.functional import FunctionalModel, Models
 from metaopt.graphs import nodes
 from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream
-from metaopt.meta_params import AnyMetaParameters, named_tensors
+from metaopt.meta_params import AnyMetaParameters, as_modules, named_tensors
 
 Tensors = dict[str, Tensor]
 Cotangents = dict[Key, Tensor]
@@ -80,6 +80,7 @@ def locate_non_finite(
     Returns:
         What, in which stage, at which inner step, and the line of the loss if torch names it; None if all is finite.
     """
+    meta_params = as_modules(meta_params)
     with torch.no_grad():
         trained = chain.unroll(meta_params)
     models = Models({name: _with_leaves(model, chain.stages[name].rule.names) for name, model in trained.items()})

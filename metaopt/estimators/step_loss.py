@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metaopt.estimators.stores import StepRecord
 from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerLoop
-from metaopt.meta_params import AnyMetaParameters, as_named, rebound
+from metaopt.meta_params import AnyMetaParameters, TensorWeights, as_named, rebound
 from metaopt.random_state import seeded
 
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
@@ -133,7 +133,8 @@ def settings_of(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Mappi
     over, and the plain numbers and words of the models' modules. Tensors count by their identity."""
     models = [loop.structure.module, *(model.structure.module for model in upstream.values())]
     modules = [(id(m), _plain_attributes(m)) for model in models for m in model.modules()]
-    read = [(id(x), _held(x)) for x in (loop.loss, *as_named(meta_params).values())]
+    parts = (loop.loss, *as_named(meta_params).values())
+    read = [(None if isinstance(x, TensorWeights) else id(x), _held(x)) for x in parts]
     return loop.autocast, tuple(modules), tuple(read)
 
 

@@ -113,6 +113,11 @@ class Sweep:
         self.loop.check_graph(loss)
         known = {id(p) for p in params.values()}
         unknown = [leaf for leaf in graph_leaves(loss) if id(leaf) not in known]
+        if any(leaf is t for leaf in unknown for t in self.others.values()):
+            raise StageError(
+                f"the loss of stage {self.loop.name!r} reads a meta-parameter from around it, whose gradient would be "
+                "lost here: read it from the `meta_params` that the loss is handed, or use Unrolled()"
+            )
         if unknown:  # what the loss makes anew at each call is its own affair (a gradient penalty's inputs)
             again, _ = self.loop.loss_at(
                 0, {**self.loop.frozen, **params}, self.loop.start_buffers(), self.meta_params, self._plain
