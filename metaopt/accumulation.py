@@ -14,6 +14,7 @@ from metaopt.errors import ConfigError
 from metaopt.guards import refuse_second_derivative
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, named_tensors
+from metaopt.objectives import evaluate
 
 
 def mean_meta_loss(
@@ -40,7 +41,7 @@ def mean_meta_loss(
     total, sums = torch.zeros(()), [None] * len(leaves)
     where = f"the meta-objective {type(objective).__name__}"
     for batch in batches:
-        loss = require_scalar(objective(apart, batch, meta_params), where, needs_graph=False) / len(batches)
+        loss = require_scalar(evaluate(objective, apart, batch, meta_params), where, needs_graph=False) / len(batches)
         total = loss.detach() + total.to(loss)
         if loss.requires_grad:
             found = torch.autograd.grad(loss, leaves, allow_unused=True)

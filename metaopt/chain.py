@@ -184,7 +184,7 @@ class Chain:
         on_step: Callable[[str, int, Tensor], None] | None,
     ) -> InnerResult:
         losses = []
-        written = stage.draw_batches(models, steps) if stage.written_once else None
+        written = stage.draw_batches(models, steps, name) if stage.written_once else None
         result = None
         for start in range(0, max(steps, 1), _CHUNK):
             count = min(_CHUNK, steps - start)

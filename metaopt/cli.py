@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from metaopt.config import explained, prepare, with_facts
-from metaopt.errors import MetaoptError
+from metaopt.errors import MetaoptError, was_told, with_note
 
 EXIT_CODES = {"agrees": 0, "differs": 2, "undecided": 3}  # of metaopt-check; 1: it could not be run
 
@@ -129,16 +129,19 @@ def fidelity_main() -> None:
 
 
 def _run(command: Callable[[], Any]) -> None:
-    """Run a command: what metaopt or Hydra refuses is one message and exit code 1; a bug keeps its traceback."""
+    """Run a command: what metaopt or Hydra refuses, or a user's part raises, is one message and exit code 1.
+
+    A bug keeps its traceback.
+    """
     sys.path.append(os.getcwd())  # so that a class in the current folder can be named as a _target_
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every exception on instead of printing it
     try:
         command()
-    except (MetaoptError, HydraException) as error:
-        if wants_traceback:
+    except Exception as error:
+        if wants_traceback or not (isinstance(error, (MetaoptError, HydraException)) or was_told(error)):
             raise
-        sys.exit(explained(error))
+        sys.exit(with_note(error) if was_told(error) else explained(error))
 
 
 def _prepared(composed: DictConfig) -> tuple[DictConfig, str]:

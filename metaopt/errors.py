@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -31,3 +32,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = [str(item) for item in known]
     close = difflib.get_close_matches(str(name), known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else f" (there are: {', '.join(known) or 'none'})"
+
+
+def tell(error: Exception, text: str) -> None:
+    """Add a note to an exception; to its message, before Python 3.11."""
+    error.__dict__["told"] = text
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{text}", *error.args[1:])
+
+
+def was_told(error: BaseException) -> str | None:
+    """Return the note of an exception that came through `telling`, or None."""
+    return getattr(error, "told", None)
+
+
+def with_note(error: BaseException) -> str:
+    """Return what a command shows of an exception: its message, of a user's own with its kind, and its note."""
+    text, told = str(error), was_told(error) or ""
+    text = text if isinstance(error, MetaoptError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text if not told or told in text else f"{text}\n{told}"

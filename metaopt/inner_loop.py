@@ -25,6 +25,7 @@ from metaopt.meta_params import AnyMetaParameters, as_given
 from metaopt.model_structure import ModelStructure
 from metaopt.optimizers import State, UpdateRule
 from metaopt.random_state import python_draws, seeded
+from metaopt.telling import described, taken_by, telling
 
 Tensors = dict[str, Tensor]
 Upstream = Mapping[str, FunctionalModel]
@@ -100,7 +101,9 @@ class InnerLoop:
         params = dict(own)
         if self.initial is None or not self.first_of_training:
             return params
-        for name, value in self.initial(as_given(meta_params), upstream).items():
+        with telling(lambda: f"the initial weights of stage {self.name!r}"):
+            given = self.initial(as_given(meta_params), upstream)
+        for name, value in given.items():
             if name not in params or value.shape != params[name].shape:
                 raise StageError(
                     f"stage {self.name!r}: initial gives {name!r} of shape {list(value.shape)}, which is no trained "
@@ -132,11 +135,13 @@ class InnerLoop:
         moved, given = dict(own), as_given(meta_params)
         model = InnerModel(self.structure, params, moved, training=True, call=call)
         model.read_step = functools.partial(self._read_step, t)
-        with naming_inference_tensors(self.name), seeded(self.seeds[t], self.device), self.casting():
+        micro = self.batches[t] if batches is None else batches
+        telling_loss = telling(lambda: self._said_of_loss(t, micro))
+        with telling_loss, naming_inference_tensors(self.name), seeded(self.seeds[t], self.device), self.casting():
             drawn = python_draws()
             losses = [
                 require_scalar(self.loss(model, batch, given, upstream), f"the loss of stage {self.name!r}")
-                for batch in (self.batches[t] if batches is None else batches)
+                for batch in micro
             ]
             if python_draws() != drawn:
                 self.beside.add("random numbers of Python or numpy")
@@ -144,6 +149,11 @@ class InnerLoop:
         still = {n for n, b in moved.items() if b is own[n] and b._version == 0 and not b.is_floating_point()}
         # The version says nothing of floating ones: batch norm's kernel moves its statistics without a new one.
         return loss, {n: buffers[n] if n in still else b for n, b in moved.items()}
+
+    def _said_of_loss(self, t: int, micro: Sequence[Any]) -> str:
+        where = f"the loss of stage {self.name!r}, inner step {self.offset + t} of {self.total or self.num_steps}"
+        batch = described(micro[0] if len(micro) == 1 else list(micro))
+        return f"{where}, on {batch}; {taken_by(self.structure.module)}"
 
     def _read_step(self, t: int) -> int:
         self.beside.add("model.step")
@@ -160,7 +170,8 @@ class InnerLoop:
         if self.transform is None:
             return dict(gradients)
         present = {name: g for name, g in gradients.items() if g is not None}
-        changed = self.transform(present)
+        with telling(lambda: f"the transform of stage {self.name!r}, on {described(present)}"):
+            changed = self.transform(present)
         if set(changed) != set(present):
             raise StageError(f"stage {self.name!r}: transform must return a gradient for each name it is given")
         return {**gradients, **changed}

@@ -143,12 +143,26 @@ def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of each label, and which ones count; both of the labels' shape."""
+    if labels.is_floating_point():
+        raise StageError(
+            f"labels are {str(labels.dtype).removeprefix('torch.')}, and classes are numbered: give labels.long(); of "
+            "class probabilities, a loss of your own: -(batch['labels'] * logits.log_softmax(-1)).sum(-1).mean()"
+        )
     if labels.shape != logits.shape[:-1]:
         raise StageError(
             f"logits of shape {list(logits.shape)} do not fit labels of shape {list(labels.shape)}: labels must have "
             f"the shape {list(logits.shape[:-1])}"
         )
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    flat = logits.flatten(0, -2), labels.flatten().long()
+    try:
+        losses = F.cross_entropy(*flat, reduction="none", ignore_index=IGNORED)
+    except IndexError as error:  # on an accelerator it is an assertion, long after
+        seen = labels[labels != IGNORED]
+        raise StageError(
+            f"labels run from {int(seen.min())} to {int(seen.max())}, and the model's logits tell {logits.shape[-1]} "
+            f"classes apart, 0 to {logits.shape[-1] - 1} ({IGNORED} marks positions that do not count); number the "
+            "labels from 0, or build the model with more classes"
+        ) from error
     return losses.view(labels.shape), labels != IGNORED
 
 

@@ -14,6 +14,7 @@ from metaopt.errors import ConfigError, did_you_mean
 from metaopt.functional import FunctionalModel
 from metaopt.losses import IGNORED, aligned_labels, label_losses, logits_of, mean_over_positions, model_inputs
 from metaopt.meta_params import AnyMetaParameters, select
+from metaopt.telling import described, taken_by, telling
 
 Trained = Mapping[str, FunctionalModel]
 
@@ -37,6 +38,17 @@ class MetaObjective(ABC):
         """
 
 
+def evaluate(objective: Any, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
+    """Return the meta-loss; what the objective raises is told with the batch and the models that it was given."""
+
+    def said() -> str:
+        models = ", ".join(f"stage {name!r}: {taken_by(model.structure.module)}" for name, model in trained.items())
+        return f"the meta-objective {type(objective).__name__}, on {described(batch)}; {models}"
+
+    with telling(said):
+        return objective(trained, batch, meta_params)
+
+
 class ValidationLoss(MetaObjective):
     """Mean cross-entropy of one trained stage on validation data; the same mean of the same labels as `CrossEntropy`.
 
@@ -49,7 +61,7 @@ class ValidationLoss(MetaObjective):
         self.reads = (stage,)
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        return mean_over_positions(*label_losses(_stage_of(self, trained), batch)).mean()
+        return mean_over_positions(*label_losses(_stage_of(self, trained, batch), batch)).mean()
 
 
 class SurrogateLoss(MetaObjective):
@@ -71,7 +83,7 @@ class SurrogateLoss(MetaObjective):
         self.reads = (stage,)
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        model = _stage_of(self, trained)
+        model = _stage_of(self, trained, batch)
         return self.surrogate(logits_of(model(**model_inputs(batch, model))), aligned_labels(model, batch["labels"]))
 
 
@@ -143,10 +155,15 @@ class Sparsity(MetaObjective):
         return _all_weights(self, meta_params).abs().mean()
 
 
-def _stage_of(objective: Any, trained: Trained) -> FunctionalModel:
+def _stage_of(objective: Any, trained: Trained, batch: Any) -> FunctionalModel:
     stage = objective.stage
     if stage not in trained:
         raise ConfigError(f"{type(objective).__name__}: no stage {stage!r}{did_you_mean(stage, trained)}")
+    if "labels" not in batch:
+        raise ConfigError(
+            f"{type(objective).__name__} reads batch['labels'], which the validation batch lacks (it has: "
+            f"{', '.join(batch)}); give it labels, or write a MetaObjective of your own"
+        )
     return trained[stage]
 
 

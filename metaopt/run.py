@@ -21,6 +21,7 @@ from metaopt.chain import TrainedChain
 from metaopt.config import as_yaml
 from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.check import check_hypergradient
+from metaopt.errors import with_note
 from metaopt.final import retrain, scored, weight_quality, weights_of
 from metaopt.meta_params import baseline, named_tensors, summary
 from metaopt.objectives import MetaObjective
@@ -61,7 +62,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        more: dict[str, Any] = {} if error is None else {"error": str(error) or repr(error)}
+        more: dict[str, Any] = {} if error is None else {"error": with_note(error)}
         if self.scores:
             more["test"] = self.scores
         status = "complete" if error is None else "failed"

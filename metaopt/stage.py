@@ -23,6 +23,7 @@ from metaopt.meta_params import AnyMetaParameters, as_given, as_named
 from metaopt.model_structure import ModelStructure
 from metaopt.optimizers import Schedule, UpdateRule, make_optimizer, per_element
 from metaopt.random_state import derived_seed, draw_seed, seeded
+from metaopt.telling import require_arguments, telling
 
 ModelOrFactory = nn.Module | Callable[[], nn.Module]
 OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
@@ -75,6 +76,14 @@ class Stage:
                 raise ConfigError(f"Stage: {name}={count!r} must be a whole number of at least 1")
         if not callable(loss):
             raise ConfigError(f"Stage: loss is a {type(loss).__name__}; give an InnerLoss or a function")
+        require_arguments(loss, ("model", "batch", "meta_params", "upstream"), "Stage: the loss")
+        for slot, given, arguments in (
+            ("overrides", overrides, ("meta_params", "t")),
+            ("initial", initial, ("meta_params", "upstream")),
+            ("transform", transform, ("gradients",)),
+        ):
+            if given is not None:
+                require_arguments(given, arguments, f"Stage: {slot}")
         self.num_steps, self.accumulate = num_steps, accumulate
         self.loss, self.overrides, self.transform, self.initial = loss, overrides, transform, initial
         self.estimator = estimator or Unrolled()
@@ -131,7 +140,7 @@ class Stage:
         self._refuse_late_freezing(name)
         steps = self.num_steps if num_steps is None else num_steps
         if batches is None:
-            batches = self.draw_batches(upstream, steps)
+            batches = self.draw_batches(upstream, steps, name)
         like = self.like
         batches = [move(batch, like) for batch in batches]
         micro = [batches[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
@@ -146,7 +155,7 @@ class Stage:
             device=like.device,
             transform=self.transform,
             autocast=self.autocast,
-            hyperparameters=lambda t, meta_params: self._hyperparameters(scheduled + t, offset + t, meta_params),
+            hyperparameters=lambda t, meta_params: self._hyperparameters(name, scheduled + t, offset + t, meta_params),
             first_of_training=offset == 0,
             offset=offset,
             total=total,
@@ -165,8 +174,12 @@ class Stage:
         """Whether the stage's data are written by the upstream models, once per unroll."""
         return self._stream is None or isinstance(self._source, HandOver)
 
-    def draw_batches(self, upstream: Upstream, num_steps: int) -> list[Any]:
-        """Return the batches of the next steps; the stream stays where it is."""
+    def draw_batches(self, upstream: Upstream, num_steps: int, name: str) -> list[Any]:
+        """Return the batches of the next steps of the stage of this name; the stream stays where it is."""
+        with telling(lambda: f"the batches of stage {name!r} ({type(self._source).__name__})"):
+            return self._draw_batches(upstream, num_steps)
+
+    def _draw_batches(self, upstream: Upstream, num_steps: int) -> list[Any]:
         count = num_steps * self.accumulate
         if count == 0:
             return []
@@ -194,9 +207,10 @@ class Stage:
                 "requires_grad_(False) first, then build the Stage"
             )
 
-    def _hyperparameters(self, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
+    def _hyperparameters(self, name: str, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
         scheduled = self._schedule.at(t) if self._schedule is not None else {}
-        learned = self.overrides(as_given(meta_params), step) if self.overrides is not None else {}
+        with telling(lambda: f"the overrides of stage {name!r}, inner step {step}"):
+            learned = self.overrides(as_given(meta_params), step) if self.overrides is not None else {}
         both = [key for key in learned if key in scheduled]
         if both:
             raise ConfigError(

@@ -22,9 +22,10 @@ from metaopt.diagnostics.non_finite import located
 from metaopt.errors import ConfigError, MissingPathError, NonFiniteError, did_you_mean
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
-from metaopt.objectives import MetaObjective
+from metaopt.objectives import MetaObjective, evaluate
 from metaopt.random_state import derived_seed, draw_seed, seeded
 from metaopt.ranges import check_counts
+from metaopt.telling import require_arguments
 
 _LOOK = 1  # what a seed is derived for, beside the meta-losses
 Carry = str | int  # "always", "never", or N: start anew after every N meta-steps
@@ -108,6 +109,7 @@ class MetaTrainer:
         validation_batches: int = 1,
     ) -> None:
         check_counts("MetaTrainer", validation_batches=validation_batches)
+        require_arguments(objective, ("trained", "batch", "meta_params"), "MetaTrainer: the objective")
         self.chain, self.objective, self.meta_params = chain, objective, meta_params
         self.meta_optimizer, self.selection, self.observers = meta_optimizer, selection, tuple(observers)
         self.seed = draw_seed() if seed is None else seed
@@ -198,7 +200,7 @@ class MetaTrainer:
     def _meta_loss(self, trained: TrainedChain) -> Tensor:
         with seeded(derived_seed(self.seed, self.step)):
             if self.validation_batches == 1:
-                return self.objective(trained, self.next_batch(), self.meta_params)
+                return evaluate(self.objective, trained, self.next_batch(), self.meta_params)
             batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
             return mean_meta_loss(self.objective, trained, batches, self.meta_params)
 
@@ -242,7 +244,8 @@ class MetaTrainer:
     @torch.no_grad()
     def mean_loss(self, trained: TrainedChain, batches: Iterable[Any]) -> float:
         """Return the meta-objective's mean over batches."""
-        losses = [float(self.objective(trained, self.chain.move(batch), self.meta_params)) for batch in batches]
+        moved = (self.chain.move(batch) for batch in batches)
+        losses = [float(evaluate(self.objective, trained, batch, self.meta_params)) for batch in moved]
         return sum(losses) / len(losses)
 
     def _restore_best(self) -> None:

@@ -135,7 +135,7 @@ def test_check_explain_and_compare_take_them(given: str) -> None:
     parts: Any = (chain, objective, BATCH, meta_params)
     assert metaopt.check_hypergradient(*parts).verdict == "agrees"
     assert metaopt.explain_hypergradient(*parts).whole
-    found = metaopt.compare_estimators(*parts, {"stored": metaopt.Checkpointed()}, num_runs=1)
+    found = metaopt.compare_estimators(*parts, estimators={"stored": metaopt.Checkpointed()}, num_runs=1)
     assert all(row.in_float64 and row.in_float64.relative_error < 1e-10 for row in found.rows)
 
 

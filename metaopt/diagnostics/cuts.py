@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metaopt.telling import BENEATH, LIBRARIES
+
 Kind = Literal["severed", "stepwise", "choice"]
 Source = tuple[str, str]  # ("meta-parameter" or "stage", its name)
 
-_BENEATH = {"torch", "numpy", *sys.stdlib_module_names}
-_LIBRARIES = {"metaopt", "higher", "transformers", "peft", "accelerate", *_BENEATH}
 LOSS, TRANSFORM, HAND_OVER = "the loss", "the transform", "the hand-over"
 INITIAL, OVERRIDES, OBJECTIVE = "the initial weights", "the overrides", "the meta-objective"
 NO_GRAD = "torch.no_grad()"
@@ -194,11 +194,11 @@ def position(outermost: bool = False) -> Position:
         if module == _TRACKED_FROM:
             break
         top = module.partition(".")[0]
-        if top not in _LIBRARIES:
+        if top not in LIBRARIES:
             user = frame
             if not outermost:
                 break
-        elif user is None and top not in _BENEATH and module not in (_TRACKER, __name__):
+        elif user is None and top not in BENEATH and module not in (_TRACKER, __name__):
             library = library or frame
             requested = requested or (module, frame.f_code.co_name) == _ON_REQUEST
         frame = frame.f_back

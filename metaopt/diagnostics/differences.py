@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metaopt.chain import Chain, TrainedChain
 from metaopt.errors import ConfigError
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
-from metaopt.objectives import MetaObjective
+from metaopt.objectives import MetaObjective, evaluate
 from metaopt.random_state import seeded
 
 NUM_NOISE_RUNS = 9  # of `Pipeline.noise`
@@ -80,7 +80,7 @@ class Pipeline:
         """Return the trained models and the meta-loss, in the graph where there is one."""
         with seeded(self._seed):  # an objective in train mode would draw new dropout masks at every call
             trained = self._chain.unroll(self.meta_params)
-            loss = self._objective(trained, self._batch, self.meta_params)
+            loss = evaluate(self._objective, trained, self._batch, self.meta_params)
         self._on_run()
         return trained, loss
 

@@ -26,7 +26,7 @@ from metaopt.estimators import Checkpointed, Estimator, FiniteDifference, Produc
 from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
 from metaopt.meta_params import AnyMetaParameters
 from metaopt.meters import count_flops, peak_bytes
-from metaopt.objectives import MetaObjective
+from metaopt.objectives import MetaObjective, evaluate
 from metaopt.random_state import seeded
 from metaopt.ranges import check_counts
 
@@ -152,7 +152,7 @@ class _MetaStep:
         """Return all entries of the hypergradient, in float64."""
         with seeded(self.seed):
             trained = self.chain.unroll(self.meta_params)
-            loss = self.objective(trained, self.batch, self.meta_params)
+            loss = evaluate(self.objective, trained, self.batch, self.meta_params)
         found = hypergradient(loss, self.meta_params).values()
         return torch.cat([(g.to_dense() if g.is_sparse else g).flatten().double() for g in found])
 
