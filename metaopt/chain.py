@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerResult
 from metaopt.losses import InnerLoss
-from metaopt.meta_params import AnyMetaParameters, as_modules, named_tensors
+from metaopt.meta_params import AnyMetaParameters, as_modules, as_named, named_tensors
+from metaopt.model_structure import ModelStructure, held
 from metaopt.stage import Stage, move
 
 _CHUNK = 64  # steps of plain training between two looks ahead in the data
@@ -102,6 +104,10 @@ class Chain:
         bits. Under `torch.no_grad()` it is a plain sweep of the same steps.
         """
         meta_params = as_modules(meta_params)
+        with self._held(meta_params):
+            return self._unroll(meta_params)
+
+    def _unroll(self, meta_params: AnyMetaParameters) -> TrainedChain:
         owners = self._owners_apart_from(meta_params)
         results: dict[str, InnerResult] = {}
         models = Models()
@@ -126,14 +132,16 @@ class Chain:
                 "commit: this unroll started from a state that the chain has left (a commit, reset or train came "
                 "between), or from another chain; unroll again, or restore a state with chain.load_state_dict(...)"
             )
-        for name in self._select(stages):
-            self.stages[name].commit(trained.results[name])
+        with self._held():
+            for name in self._select(stages):
+                self.stages[name].commit(trained.results[name])
         self._version = object()
 
     def reset(self, stages: Iterable[str] | None = None) -> None:
         """Restore (or, from a factory, draw anew) weights and optimizer state; streams and random state move on."""
-        for name in self._select(stages):
-            self.stages[name].reset()
+        with self._held():
+            for name in self._select(stages):
+                self.stages[name].reset()
         self._version = object()
 
     def train(
@@ -157,9 +165,10 @@ class Chain:
         self._version = object()
         results: dict[str, InnerResult] = {}
         models = Models()
-        for name, stage in self.stages.items():
-            results[name] = self._train_stage(name, stage, meta_params, models, owners, steps[name], on_step)
-            models = Models({**models, name: results[name].model})
+        with self._held(meta_params):
+            for name, stage in self.stages.items():
+                results[name] = self._train_stage(name, stage, meta_params, models, owners, steps[name], on_step)
+                models = Models({**models, name: results[name].model})
         return TrainedChain(results, version=None)
 
     def _steps_of(self, num_steps: int | Mapping[str, int] | None) -> dict[str, int]:
@@ -217,6 +226,11 @@ class Chain:
         """Return a batch on the chain's device, its floating tensors in the chain's dtype."""
         last = next(reversed(self.stages.values()))
         return move(batch, last.like)
+
+    def _held(self, meta_params: AnyMetaParameters | None = None) -> AbstractContextManager[None]:
+        """Keep the stages' modules, and meta-parameters, to this thread: no other one may lend them tensors."""
+        own = [stage.structure for stage in self.stages.values()]
+        return held([*own, *map(ModelStructure, as_named(meta_params or {}).values())])
 
     def _owners_apart_from(self, meta_params: AnyMetaParameters) -> dict[int, str]:
         """Return `id` → name of every stage's own parameters, after checking that none is a meta-parameter."""

@@ -7,7 +7,8 @@ working.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +23,36 @@ Tensors = dict[str, Tensor]
 Slot = tuple[dict[str, Any], str, str]  # (a submodule's own dict of tensors, attribute, deduplicated name)
 
 
+_holders: dict[int, int] = {}  # id of a submodule → the thread that trains it, or lends it tensors
+_holding = threading.Lock()
+
+
+@contextmanager
+def held(structures: Collection[ModelStructure]) -> Iterator[None]:
+    """Keep modules, with all their submodules, to this thread inside the block.
+
+    Raises:
+        StageError: another thread has one of them; nothing was changed.
+    """
+    thread = threading.get_ident()
+    with _holding:
+        taken = next((s for s in structures for m in s.modules if _holders.get(id(m), thread) != thread), None)
+        new = {id(m): thread for s in structures for m in s.modules if id(m) not in _holders} if taken is None else {}
+        _holders.update(new)
+    if taken is not None:
+        raise StageError(
+            f"{type(taken.module).__name__} is in use by another thread, which lends it other tensors while it runs; "
+            f"thread {threading.current_thread().name!r} needs one of its own, copy.deepcopy(...), or must wait: hold "
+            "one threading.Lock around unroll, objective and backward in both"
+        )
+    try:
+        yield
+    finally:
+        with _holding:
+            for key in new:
+                del _holders[key]
+
+
 class ModelStructure:
     """Where a module keeps its parameters and buffers: one slot per (submodule, attribute), one name per tensor.
 
@@ -33,6 +64,7 @@ class ModelStructure:
         self.module = module
         param_names = {id(p): name for name, p in module.named_parameters()}
         buffer_names = {id(b): name for name, b in module.named_buffers()}
+        self.modules = list(module.modules())
         self._recurrent = [submodule for submodule in module.modules() if isinstance(submodule, nn.RNNBase)]
         self._normed = any(type(submodule).__name__ == "_WeightNorm" for submodule in module.modules())
         self._all_buffers = [submodule._buffers for submodule in module.modules()]
@@ -61,6 +93,11 @@ class ModelStructure:
 
         Buffers are moved in place by the module's own forward; one that is assigned anew is written to `buffers`.
         """
+        with held([self]), self._lent(params, buffers):
+            yield self.module
+
+    @contextmanager
+    def _lent(self, params: Mapping[str, Tensor], buffers: Tensors) -> Iterator[None]:
         empty = [(tensors, key) for tensors in self._all_buffers for key, buffer in tensors.items() if buffer is None]
         slots = [(tensors, key, params[name]) for tensors, key, name in self._param_slots]
         slots += [(tensors, key, buffers[name]) for tensors, key, name in self._buffer_slots]
@@ -68,7 +105,7 @@ class ModelStructure:
         try:
             for tensors, key, lent in slots:
                 tensors[key] = lent
-            yield self.module
+            yield
         finally:
             for tensors, key, name in self._buffer_slots:
                 buffers[name] = tensors[key]
@@ -92,14 +129,14 @@ class ModelStructure:
         Attention runs in the math kernel: the fused ones have no second derivative.
         """
         normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
-        modes = [(submodule, submodule.training) for submodule in self.module.modules()]
-        try:
-            with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation(), normed:
+        with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation(), normed:
+            modes = [(submodule, submodule.training) for submodule in self.modules]
+            try:
                 self.module.train(training)
                 yield self.module
-        finally:
-            for submodule, mode in modes:
-                submodule.training = mode
+            finally:
+                for submodule, mode in modes:
+                    submodule.training = mode
 
     def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
         """Run the module's forward with these parameters and buffers."""
