@@ -51,7 +51,8 @@ def refuse_single_derivative(gradients: Mapping[Any, Tensor | None], stage: str)
         problem = _ONCE.get(node.name())
         if problem:
             raise StageError(
-                f"stage {stage!r}: the inner loss has no second derivative, since it runs through {problem}, or take "
+                f"stage {stage!r}: the inner loss has no second derivative, since it runs through "
+                f"{problem}{_operation(node)}, or take "
                 "estimator=metaopt.Checkpointed(product=metaopt.FiniteDifference()), which needs first ones only"
             )
 
@@ -65,7 +66,18 @@ def refuse_second_derivative(node: str, instead: str) -> None:
         )
 
 
+def _operation(node: Any) -> str:
+    """Return which operation a node stands for that only raises: it says so when it is run."""
+    try:
+        return "" if node.name() != "torch::autograd::NotImplemented" else str(node(torch.zeros(())))
+    except RuntimeError as error:
+        return f" ({error})"
+
+
 _ONCE = {
+    "CdistBackwardBackward0": "torch.cdist: write (x[:, None] - y).square().sum(-1).sqrt()",
+    "EmbeddingBagBackwardBackward0": "nn.EmbeddingBag: write nn.Embedding(...)(ids).mean(1)",
+    "torch::autograd::NotImplemented": "an operation of which torch has the first derivative only: write it in others",
     "torch::autograd::Error": "a torch.autograd.Function whose backward is marked @once_differentiable: write it in "
     "differentiable operations",
     "CompiledFunctionBackwardBackward": "a function compiled by torch.compile: give the stage the uncompiled one",
@@ -195,6 +207,11 @@ _MODULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "`weight / torch.linalg.matrix_norm(weight, 2)`, or freeze the weight",
     ),
     (_is_embedding("sparse"), "makes sparse gradients, which cannot be differentiated; build it with sparse=False"),
+    (
+        _is_embedding("scale_grad_by_freq"),
+        "scales its gradient by the counts of a batch, and torch's second derivative leaves that out; build it with "
+        "scale_grad_by_freq=False, and weight the tokens in the loss",
+    ),
     (
         _is_embedding("max_norm"),
         "rescales its rows in place and without a graph (max_norm); build it with max_norm=None, and normalise in the "

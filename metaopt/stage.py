@@ -137,6 +137,7 @@ class Stage:
             total: its steps in all, when it is run in parts.
         """
         refuse_unsupported(self.model, name)
+        self.structure.stage = name
         self._refuse_late_freezing(name)
         steps = self.num_steps if num_steps is None else num_steps
         if batches is None:

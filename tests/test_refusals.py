@@ -18,7 +18,7 @@ from small import (
     one_stage,
     two_stages,
 )
-from small_models import Linear, Network, Recomputing
+from small_models import CLASSES, Linear, Network, Recomputing
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.prune import l1_unstructured
@@ -120,6 +120,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm": (normed(nn.utils.parametrizations.spectral_norm), r"power iteration.*torch\.linalg\.matrix_norm"),
     "pruning": (pruned, r"torch\.nn\.utils\.prune\.remove\(module, name\)"),
     "sparse gradients": (embedding(sparse=True), r"'0' \(Embedding\) makes sparse gradients.*sparse=False"),
+    "scale_grad_by_freq": (embedding(scale_grad_by_freq=True), "counts of a batch.*scale_grad_by_freq=False"),
     "max_norm": (embedding(max_norm=1.0), "in place and without a graph.*max_norm=None"),
     "a backward hook": (
         normed(lambda layer: layer.register_full_backward_hook(lambda *_: None)),
@@ -164,6 +165,64 @@ class Once(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return gradients[0] * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class Bag(nn.Module):
+    """Class scores of a bag of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(5, CLASSES, dtype=torch.float64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.bag((3 * inputs).long() % 5)
+
+
+def of_scores(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """An inner loss through an operation on the model's scores."""
+
+    def loss(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        return (meta_params(batch)[:, None] * change(model(batch["inputs"]))).square().mean()
+
+    return loss
+
+
+def by_ctc(scores: Tensor) -> Tensor:
+    return F.ctc_loss(scores.log_softmax(-1)[:, None], torch.ones(1, 2).long(), *map(torch.tensor, ([5], [2])))
+
+
+FIRST_ONLY: dict[str, tuple[Any, Any, str]] = {
+    "EmbeddingBag": (Bag, of_scores(torch.tanh), r"EmbeddingBag: write nn\.Embedding"),
+    "cdist": (Linear, of_scores(lambda scores: torch.cdist(scores, scores + 1)), r"torch\.cdist: write \(x\[:, None\]"),
+    "others": (Linear, of_scores(by_ctc), r"derivative for aten::_ctc_loss_backward"),
+}
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+@pytest.mark.parametrize("name", FIRST_ONLY)
+def test_operations_that_torch_differentiates_once_are_named(name: str, estimator: metaopt.Estimator) -> None:
+    model, loss, message = FIRST_ONLY[name]
+    weights = example_weights()
+    with pytest.raises(metaopt.StageError, match=rf"stage 'only': .*{message}.*product=metaopt\.FiniteDifference"):
+        metaopt.hypergradient(meta_loss(one_stage(loss, model=model, estimator=estimator), weights), weights)
+
+
+class Rescaling(Linear):
+    """Halves its weight in place when it is read in eval mode, as RWKV does above its sixth layer."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            with torch.no_grad():
+                self.linear.weight.mul_(0.5)
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_a_model_that_writes_into_its_weights_is_refused(estimator: metaopt.Estimator) -> None:
+    with pytest.raises(
+        metaopt.StageError, match=r"stage 'only': the model \(Rescaling\) writes into its weights"
+    ):
+        meta_loss(one_stage(model=Rescaling, estimator=estimator), example_weights())
 
 
 def through_once(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
