@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from metaopt import report
@@ -94,8 +95,14 @@ class Run:
             objective, batch = cast(MetaObjective, trainer.objective), trainer.next_batch()
             small = {n: range(t.numel()) for n, t in named_tensors(trainer.meta_params).items() if t.numel() <= FEW}
             parts = (trainer.chain, objective, batch, trainer.meta_params)
-            check = check_hypergradient(*parts, coordinates=small, seed=config.seed)
-            report.print_check(self.console, check)
+            try:
+                check = check_hypergradient(*parts, coordinates=small, seed=config.seed)
+            except Exception as error:  # what is wrong with the training itself, its first meta-step says better
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                said = f"the first meta-step could not be checked, on a float64 copy: {reason}; the run goes on"
+                self.console.print(Text(said))
+            else:
+                report.print_check(self.console, check)
 
     # --- the outer loop -----------------------------------------------------------------------------------------
 

@@ -304,6 +304,10 @@ class Stage:
         twin = copy.copy(self)
         twin.model, twin.optimizer = copy.deepcopy((self.model, self.optimizer))
         twin.model.to(dtype)
+        for module in twin.model.modules():  # transformers' quick kernels of mixtures of experts refuse float64
+            chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+            if chosen not in (None, "eager") and hasattr(module, "set_experts_implementation"):
+                module.set_experts_implementation("eager")  # type: ignore[operator]
         if isinstance(self.loss, nn.Module):
             twin.loss = copy.deepcopy(self.loss).to(dtype)  # its class weights, say
         for param, entry in twin.optimizer.state.items():

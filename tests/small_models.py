@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 FEATURES, CLASSES = 4, 3
 
@@ -130,3 +130,30 @@ def llama() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).double()
+
+
+class SinglePrecision(nn.Module):
+    """A linear layer whose kernel takes float32 alone."""
+
+    def __init__(self, num_features: int, num_labels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, num_labels)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype != torch.float32:
+            raise RuntimeError("expected a Float32 matrix")
+        return self.linear(inputs)
+
+
+EXPERTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Mixtral": (MixtralConfig, {"num_local_experts": 3}),
+    "Qwen3-MoE": (Qwen3MoeConfig, {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
+}
+
+
+def mixture_of_experts(family: str) -> nn.Module:
+    """One layer, float32, its experts run by the kernel that transformers chooses."""
+    kind, more = EXPERTS[family]
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return AutoModelForCausalLM.from_config(kind(**sizes, **heads, **more))

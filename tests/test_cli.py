@@ -111,6 +111,16 @@ def test_the_check_of_the_first_step_changes_nothing(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def test_a_model_that_cannot_be_checked_is_trained_nonetheless(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("+model.num_features=${facts.num_features}", "+model.num_labels=${facts.num_labels}")
+    mine = ("model=custom", "model._target_=small_models.SinglePrecision", *sizes)
+    run(tmp_path, *QUICK, "trainer.check_first_step=true", *mine)
+    assert "could not be checked, on a float64 copy: expected a Float32 matrix" in capsys.readouterr().out
+    assert result(tmp_path)["status"] == "complete"
+
+
 def test_uniform_takes_the_inner_steps_and_no_meta_step(tmp_path: Path) -> None:
     run(tmp_path, *QUICK, "meta_params=uniform")
     assert all("hypergradient_norm" not in record for record in records(tmp_path))

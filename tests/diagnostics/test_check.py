@@ -20,8 +20,9 @@ from small import (
     example_weights,
     feature_batches,
     one_stage,
+    text_batch,
 )
-from small_models import Linear, Network
+from small_models import EXPERTS, Linear, Network, mixture_of_experts
 from torch import Tensor, nn
 
 import metaopt
@@ -50,6 +51,20 @@ def test_a_right_chain_agrees(optimizer):
     )
     assert_same(result.gradient, expected)
     assert result.rows[2].hypergradient == float(expected["logits"][0])
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_mixture_of_experts_is_checked_with_the_kernel_that_takes_float64(family):
+    torch.manual_seed(0)
+    model: Any = mixture_of_experts(family)
+    chosen, batch, weights = model.config._experts_implementation, text_batch(decoder=False), example_weights(4)
+    chain = one_stage(model=model, batches=[batch], num_steps=2)
+    objective = metaopt.ValidationLoss("only")
+    result = metaopt.check_hypergradient(chain, objective, batch, weights, all_in_float64=True, tolerance=1e-6)
+    assert result.ok, str(result)
+    assert chosen == model.config._experts_implementation == "grouped_mm"
+    own = metaopt.hypergradient(objective(chain.unroll(weights), batch, weights), weights)["logits"]
+    assert torch.allclose(own, result.gradient["logits"], rtol=1e-4, atol=0)
 
 
 def test_a_float32_chain_is_checked_in_float64():
