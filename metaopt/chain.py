@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel, Models
+from metaopt.guards import note_moved_buffers
 from metaopt.inner_loop import InnerResult
 from metaopt.losses import InnerLoss
 from metaopt.meta_params import AnyMetaParameters, as_modules, as_named, named_tensors
@@ -115,6 +116,7 @@ class Chain:
             loop = stage.begin(name, models, owners)
             if torch.is_grad_enabled():
                 results[name] = stage.estimator.differentiate(loop, meta_params, models)
+                note_moved_buffers(results[name].model)
             else:
                 results[name] = loop.run_without_graph(meta_params, models)
             models = Models({**models, name: results[name].model})

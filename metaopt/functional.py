@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import higher
+import torch
 from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, did_you_mean
@@ -63,6 +65,8 @@ class FunctionalModel:
         return 0
 
     def _call_buffers(self) -> Tensors:
+        if self._structure.unsaid and not self.training and torch.is_grad_enabled():
+            warnings.warn(self._structure.unsaid.pop(), RuntimeWarning, stacklevel=3)
         return {name: buffer.clone() for name, buffer in self.buffers.items()}
 
     def __getattr__(self, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 
 from metaopt.errors import ConfigError, StageError
+from metaopt.functional import FunctionalModel
 from metaopt.graphs import nodes
 from metaopt.model_structure import RECOMPUTES
 
@@ -88,6 +89,34 @@ def refuse_recomputation(loss: Tensor, stage: str) -> None:
     """Raise if a loss runs through reentrant checkpointing, whose weights `autograd.grad` does not see."""
     if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes([loss])):
         raise StageError(f"stage {stage!r}: {RECOMPUTES}")
+
+
+def moved_buffers(model: FunctionalModel) -> list[str]:
+    """Name the floating buffers that a training has moved and that carry no graph: running statistics, averages."""
+    own = model.structure.buffers
+    floating = {n: b for n, b in model.buffers.items() if b.is_floating_point() and not b.requires_grad}
+    return [name for name, buffer in floating.items() if not torch.equal(buffer, own[name])]
+
+
+def note_moved_buffers(model: FunctionalModel) -> None:
+    """Leave a warning for the first read of a trained model in eval mode, if its training moves buffers.
+
+    They are looked at once per stage, since an accelerator is waited for.
+    """
+    structure = model.structure
+    if structure.unsaid is None:
+        moved = moved_buffers(model)
+        structure.unsaid = [f"stage {structure.stage!r} moves {left_out(moved)}"] if moved else []
+
+
+def left_out(buffers: Sequence[str]) -> str:
+    """Say what moved buffers, by name, mean for the hypergradient."""
+    shown = ", ".join(buffers[:3]) + (", …" if len(buffers) > 3 else "")
+    return (
+        f"running statistics or other buffers ({shown}) that eval mode reads; they carry no graph, so the "
+        "hypergradient leaves out what depends on them. Read that model in train mode (trained[...].train(), "
+        "upstream[...].train()), or keep them still (a batch norm's momentum=0.0)"
+    )
 
 
 def refuse_given_weights(loss: Tensor, stage: str) -> None:

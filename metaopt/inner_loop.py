@@ -278,10 +278,11 @@ class PlainSteps:
         """
         params = {**self._frozen, **self._params}
         with torch.enable_grad():
-            loss, self.buffers = self._loop.loss_at(t, params, self.buffers, self._meta_params, self._upstream)
+            loss, buffers = self._loop.loss_at(t, params, self.buffers, self._meta_params, self._upstream)
             if inspect is not None:
                 inspect(loss, self._params)
             gradients = torch.autograd.grad(loss, list(self._params.values()), allow_unused=True)
+        self.buffers = {name: b.detach() if b.requires_grad else b for name, b in buffers.items()}
         return loss.detach(), dict(zip(self._params, gradients, strict=True))
 
     @torch.no_grad()

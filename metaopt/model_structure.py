@@ -69,6 +69,7 @@ class ModelStructure:
         self._normed = any(type(submodule).__name__ == "_WeightNorm" for submodule in module.modules())
         self._all_buffers = [submodule._buffers for submodule in module.modules()]
         self.stage = ""  # whose model it is, for messages
+        self.unsaid: list[str] | None = None  # for the first read in eval mode; None until it was looked into
         self._param_slots: list[Slot] = []
         self._buffer_slots: list[Slot] = []
         for submodule in module.modules():

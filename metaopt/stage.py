@@ -313,6 +313,7 @@ class Stage:
         for param, entry in twin.optimizer.state.items():
             twin.optimizer.state[param] = {k: v.to(dtype) if per_element(k, v) else v for k, v in entry.items()}
         twin.structure = ModelStructure(twin.model)
+        twin.structure.unsaid = []
         twin.rule = UpdateRule(twin.optimizer, twin.structure.params)
         if self._stream is not None:
             twin._stream = twin._open_stream(self._source)

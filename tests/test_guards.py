@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from small import example_weights, feature_batches, meta_loss, one_stage
-from small_models import FEATURES, Linear, Network
+from small_models import CLASSES, FEATURES, Linear, Network
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 
@@ -167,3 +169,70 @@ def test_an_inference_tensor_in_a_loss_is_refused(estimator):
 
     with pytest.raises(metaopt.StageError, match=r"the loss of stage 'only' reads .*torch\.no_grad\(\) instead"):
         one_stage(reads, estimator=estimator).unroll(example_weights())
+
+
+# --- buffers that a forward moves
+
+
+class Centred(Network):
+    """Subtracts, in eval mode, an average of what it has seen in training, which is computed in the graph."""
+
+    average: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(CLASSES, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scores = super().forward(inputs)
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * scores.mean(0)
+        return scores if self.training else scores - self.average
+
+
+def normed(momentum: float = 0.1) -> nn.Module:
+    model = Network(batch_norm=True)
+    model.norm.momentum = momentum
+    return model
+
+
+def warned(chain: metaopt.Chain, train_mode: bool = False) -> list[str]:
+    """What two meta-steps say about the chain's one stage, read in eval or train mode."""
+    weights = example_weights()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model = chain.unroll(weights)["only"].train(train_mode)
+            model(VALIDATION["inputs"])
+    return [str(w.message) for w in caught if "carry no graph" in str(w.message)]
+
+
+def test_buffers_that_the_hypergradient_leaves_out_are_named_once():
+    chain = one_stage(model=normed())
+    found = re.escape("stage 'only' moves running statistics or other buffers (norm.running_mean, norm.running_var)")
+    (said,) = warned(chain)
+    assert re.match(f"{found}.*train mode.*momentum=0.0", said)
+    assert warned(chain) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "estimator", "said"),
+    [(lambda: normed(0.0), Unrolled(), 0), (Centred, Unrolled(), 0), (Centred, Checkpointed(), 1)],
+)
+def test_buffers_that_stay_or_carry_their_graph_are_not_named(model, estimator, said):
+    assert len(warned(one_stage(model=model(), estimator=estimator))) == said
+
+
+def test_reads_in_train_mode_and_checks_say_nothing_of_buffers():
+    assert warned(one_stage(model=normed()), train_mode=True) == []
+    chain, objective = one_stage(model=normed()), metaopt.ValidationLoss("only")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metaopt.check_hypergradient(chain, objective, VALIDATION, example_weights())
+
+
+def test_an_average_in_the_graph_has_its_part_of_the_hypergradient():
+    check = metaopt.check_hypergradient(
+        one_stage(model=Centred), metaopt.ValidationLoss("only"), VALIDATION, example_weights(), tolerance=1e-6
+    )
+    assert check.ok, str(check)

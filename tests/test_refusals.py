@@ -188,7 +188,7 @@ def of_scores(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def by_ctc(scores: Tensor) -> Tensor:
-    return F.ctc_loss(scores.log_softmax(-1)[:, None], torch.ones(1, 2).long(), *map(torch.tensor, ([5], [2])))
+    return F.ctc_loss(scores.log_softmax(-1)[:, None], torch.ones(1, 2).long(), torch.tensor([5]), torch.tensor([2]))
 
 
 FIRST_ONLY: dict[str, tuple[Any, Any, str]] = {
@@ -219,9 +219,7 @@ class Rescaling(Linear):
 
 @pytest.mark.parametrize("estimator", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
 def test_a_model_that_writes_into_its_weights_is_refused(estimator: metaopt.Estimator) -> None:
-    with pytest.raises(
-        metaopt.StageError, match=r"stage 'only': the model \(Rescaling\) writes into its weights"
-    ):
+    with pytest.raises(metaopt.StageError, match=r"stage 'only': the model \(Rescaling\) writes into its weights"):
         meta_loss(one_stage(model=Rescaling, estimator=estimator), example_weights())
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metaopt.guards import left_out
+
 Verdict = Literal["agrees", "undecided", "differs"]
 MOST_NAMED = 3  # places that a remark names
 _COARSE = 1e5 * torch.finfo(torch.float64).eps  # relative noise that float64 alone does not make
@@ -222,11 +224,7 @@ class CheckResult:
                 "whether gradients are on, or keeps something from an earlier call"
             )
         if self.moved:
-            yield (
-                f"training moves running statistics ({_listed(self.moved)}) that eval mode reads; they carry no graph, "
-                "so the difference holds a part that the hypergradient leaves out. Read that model in train mode "
-                "(trained[...].train()), or freeze its statistics"
-            )
+            yield f"training moves {left_out(self.moved)}"
         if self.in_place:
             yield (
                 f"{_listed(self.in_place)} updates in place, under no_grad, what the graph holds: the training goes on "

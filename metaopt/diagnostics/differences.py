@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metaopt.chain import Chain, TrainedChain
 from metaopt.errors import ConfigError
+from metaopt.guards import moved_buffers
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective, evaluate
 from metaopt.random_state import seeded
@@ -142,12 +143,7 @@ class Pipeline:
 
     def moved_buffers(self, trained: TrainedChain) -> tuple[str, ...]:
         """Name the floating buffers that training has changed."""
-        return tuple(
-            f"{stage}.{name}"
-            for stage, model in trained.items()
-            for name, buffer in model.buffers.items()
-            if buffer.is_floating_point() and not torch.equal(buffer, self._chain.stages[stage].structure.buffers[name])
-        )
+        return tuple(f"{stage}.{name}" for stage, model in trained.items() for name in moved_buffers(model))
 
 
 def _biases(parts: Iterable[Any], depth: int = 4) -> Iterator[str]:
