@@ -104,7 +104,7 @@ class ModelStructure:
         slots = [(tensors, key, params[name]) for tensors, key, name in self._param_slots]
         slots += [(tensors, key, buffers[name]) for tensors, key, name in self._buffer_slots]
         own = [tensors[key] for tensors, key, _ in slots]
-        versions = [params[name]._version for _, _, name in self._param_slots]
+        versions = [tensor._version for tensor in params.values()]
         try:
             for tensors, key, lent in slots:
                 tensors[key] = lent
@@ -119,7 +119,8 @@ class ModelStructure:
                 tensors[key] = None
             for submodule in self._recurrent:
                 submodule._init_flat_weights()  # they cache their weights in a list, which would keep the graph
-            self._refuse_writing(params, versions)
+            if [tensor._version for tensor in params.values()] != versions:
+                self._refuse_writing(params, versions)
         if late:
             raise StageError(
                 f"the model fills a buffer in its forward that was None before ({', '.join(late)}), so it cannot be "
@@ -127,13 +128,13 @@ class ModelStructure:
             )
 
     def _refuse_writing(self, params: Mapping[str, Tensor], versions: list[int]) -> None:
-        for (tensors, key, name), before in zip(self._param_slots, versions, strict=True):
-            if params[name]._version != before and tensors[key].requires_grad:
-                raise StageError(
-                    f"stage {self.stage!r}: the model ({type(self.module).__name__}) writes into its weights during a "
-                    "call, which no gradient sees; compute a new tensor of them there (RWKV rescales its weights in "
-                    "eval mode: set model.config.rescale_every = 0)"
-                )
+        written = [name for (name, p), before in zip(params.items(), versions, strict=True) if p._version != before]
+        if any(p.requires_grad for name, p in self.params.items() if name in written):
+            raise StageError(
+                f"stage {self.stage!r}: the model ({type(self.module).__name__}) writes into its weights during a "
+                "call, which no gradient sees; compute a new tensor of them there (RWKV rescales its weights in "
+                "eval mode: set model.config.rescale_every = 0)"
+            )
 
     @contextmanager
     def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
