@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaopt.errors import ConfigError, StageError, did_you_mean
 from metaopt.functional import FunctionalModel, Models
+from metaopt.graphs import sign
 from metaopt.guards import note_moved_buffers
 from metaopt.inner_loop import InnerResult
 from metaopt.losses import InnerLoss
@@ -117,6 +118,7 @@ class Chain:
             if torch.is_grad_enabled():
                 results[name] = stage.estimator.differentiate(loop, meta_params, models)
                 note_moved_buffers(results[name].model)
+                sign(results[name].model.params.values(), self, name)
             else:
                 results[name] = loop.run_without_graph(meta_params, models)
             models = Models({**models, name: results[name].model})

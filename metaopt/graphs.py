@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from metaopt.functional import FunctionalModel, Models
 
 Tensors = dict[str, Tensor]
+_OF = "trained by metaopt"  # in the metadata of the nodes of trained weights: chain, stage
 
 
 class _Boundary(torch.autograd.Function):
@@ -63,7 +65,24 @@ def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[s
     return [stage for stage, own in boundaries.items() if own & reached]
 
 
-def nodes(heads: Iterable[Tensor]) -> Iterator[Any]:
+def sign(weights: Iterable[Tensor], chain: object, stage: str) -> None:
+    """Note in the graph of trained weights whose they are, for an error that has nothing but the graph."""
+    last: set[Any] = {weight.grad_fn for weight in weights} - {None}
+    for node in last:
+        node.metadata[_OF] = (weakref.ref(chain), stage)
+
+
+def signatures(loss: Tensor) -> set[tuple[Any, str]]:
+    """Return (chain, stage) of the trained weights that a meta-loss reads in its graph, where the chain is alive."""
+    found = [node.metadata.get(_OF) for node in nodes([loss], ends=lambda node: _OF in node.metadata)]
+    return {(chain, stage) for reference, stage in filter(None, found) if (chain := reference()) is not None}
+
+
+def _is_boundary(node: Any) -> bool:
+    return type(node).__name__ == "_BoundaryBackward"
+
+
+def nodes(heads: Iterable[Tensor], ends: Callable[[Any], bool] = _is_boundary) -> Iterator[Any]:
     """Yield the nodes of the graph of some tensors, up to the boundary and with it."""
     seen: set[Any] = set()
     stack: list[Any] = [head.grad_fn for head in heads]
@@ -73,8 +92,13 @@ def nodes(heads: Iterable[Tensor]) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        if type(node).__name__ != "_BoundaryBackward":
+        if not ends(node):
             stack += [parent for parent, _ in node.next_functions]
+
+
+def entries(gradient: Tensor) -> Tensor:
+    """Return a gradient's entries; of a sparse one, those of the rows that it holds."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def graph_leaves(loss: Tensor) -> Iterator[Tensor]:

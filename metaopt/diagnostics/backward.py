@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metaopt.diagnostics.explain import WHERE, explained_by_graph
 from metaopt.errors import ConfigError, MissingPathError, NonFiniteError
+from metaopt.graphs import entries
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, TensorWeights, as_named, named_tensors
-
-WHERE = (
-    "No loss or objective reads it, or argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) stands between "
-    "it and the loss; at which line, says print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
-)
 
 
 def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_graph: bool = False) -> dict[str, Tensor]:
@@ -20,7 +17,8 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
 
     Raises:
         NonFiniteError: the meta-loss or a hypergradient is NaN or infinite.
-        MissingPathError: a meta-parameter has no path to the meta-loss.
+        MissingPathError: a meta-parameter has no path to the meta-loss; the message names the lines of the chain that
+            cut it, by running the stages once more.
     """
     meta_loss = require_scalar(meta_loss, "the meta-objective", needs_graph=False)
     tensors = named_tensors(meta_params)
@@ -37,11 +35,12 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
             )
         return {}
     if not meta_loss.requires_grad:
-        _raise_missing(list(tensors), "the meta-loss has no graph at all")
+        raise _missing(list(tensors), "the meta-loss has no graph at all")
     grads = torch.autograd.grad(meta_loss, list(tensors.values()), retain_graph=retain_graph, allow_unused=True)
     missing = [name for name, grad in zip(tensors, grads, strict=True) if grad is None]
     if missing:
-        _raise_missing(missing, "no path of the graph leads from it to the meta-loss")
+        error = _missing(missing, "no path of the graph leads from it to the meta-loss")
+        raise explained_by_graph(error, missing, meta_loss, meta_params)
     found = {name: grad for name, grad in zip(tensors, grads, strict=True) if grad is not None}
     broken = [name for name, grad in found.items() if not bool(entries(grad).isfinite().all())]
     if broken:
@@ -51,11 +50,6 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
             "inner learning rate. metaopt.locate_non_finite(...) says where it arises. No meta-parameter was changed"
         )
     return found
-
-
-def entries(gradient: Tensor) -> Tensor:
-    """Return a gradient's entries; of a sparse one, those of the rows that it holds."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Tensor]:
@@ -79,6 +73,6 @@ def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Ten
     return grads
 
 
-def _raise_missing(names: list[str], what: str) -> None:
+def _missing(names: list[str], what: str) -> MissingPathError:
     listed = ", ".join(repr(name) for name in names)
-    raise MissingPathError(f"meta-parameter {listed}: {what}, so there is no hypergradient. {WHERE}")
+    return MissingPathError(f"meta-parameter {listed}: {what}, so there is no hypergradient. {WHERE}")

@@ -7,14 +7,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from metaopt.chain import Chain
-from metaopt.diagnostics.backward import WHERE
 from metaopt.diagnostics.cuts import HAND_OVER, Cut, Source
 from metaopt.diagnostics.readings import META_LOSS, Reading, read_chain
 from metaopt.errors import MissingPathError
+from metaopt.functional import FunctionalModel
+from metaopt.graphs import signatures
 from metaopt.meta_params import AnyMetaParameters, named_tensors
 from metaopt.objectives import MetaObjective
 
+WHERE = (
+    "No loss or objective reads it, or argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) stands between "
+    "it and the loss; at which line, says print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
+)
+_UNSEEN = (
+    "What the meta-objective cuts is not in this graph, nor what an estimator leaves out by design: "
+    "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params)) looks there too"
+)
 Status = Literal["whole", "partly cut", "cut"]
 _MOST_ROUTES = 6
 
@@ -118,8 +130,37 @@ def explained(
     error: MissingPathError, chain: Chain, objective: Any, batch: Any, meta_params: AnyMetaParameters
 ) -> MissingPathError:
     """Return the same error, which says itself where every path is lost."""
-    explanation = explain_hypergradient(chain, objective, batch, meta_params)
-    return MissingPathError(f"{str(error).removesuffix(WHERE)}\n\n{explanation}")
+    return _with(error, str(explain_hypergradient(chain, objective, batch, meta_params)))
+
+
+def explained_by_graph(
+    error: MissingPathError, missing: Sequence[str], meta_loss: Tensor, meta_params: AnyMetaParameters
+) -> MissingPathError:
+    """Return the same error, which says where the chain in the graph of the meta-loss loses the path, if one is there.
+
+    The objective is not known here: one that reads the weights of the same stages stands for it.
+    """
+    read = signatures(meta_loss)
+    chains = {chain for chain, _ in read}
+    if len(chains) != 1:
+        return error
+
+    def reads(trained: Mapping[str, FunctionalModel], batch: Any, meta_params: AnyMetaParameters) -> Tensor:
+        weights = [p for _, stage in read for p in trained[stage].params.values() if p.requires_grad]
+        return torch.stack([weight.square().sum() for weight in weights]).sum()
+
+    try:
+        found = explain_hypergradient(chains.pop(), reads, None, meta_params)
+    except Exception:  # the error that is at hand matters more
+        return error
+    paths = tuple(found[name] for name in missing)
+    unseen = "" if all(path.cuts for path in paths) else f"\n{_UNSEEN}"
+    return _with(error, f"{Explanation(paths, found.readers, found.failures)}{unseen}")
+
+
+def _with(error: MissingPathError, explanation: str) -> MissingPathError:
+    said = str(error).partition("\n\n")[0].removesuffix(WHERE).rstrip()
+    return MissingPathError(f"{said}\n\n{explanation}")
 
 
 def _path(name: str, readings: Sequence[Reading]) -> Path:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from metaopt.chain import Chain, TrainedChain
-from metaopt.diagnostics.backward import entries
 from metaopt.diagnostics.cuts import HAND_OVER, INITIAL, LOSS, OBJECTIVE, OVERRIDES, Cut, Source
 from metaopt.diagnostics.inner_step import Step, mixed
 from metaopt.diagnostics.marks import Watch, tensors_in
 from metaopt.diagnostics.shaking import alike
 from metaopt.functional import FunctionalModel, Models
+from metaopt.graphs import entries
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, named_tensors

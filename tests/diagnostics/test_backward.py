@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
-from small import assert_same, chain_state, drawing, example_weights, feature_batches, meta_loss, one_stage, two_stages
+import torch.nn.functional as F
+from cut_lines import shown
+from small import (
+    assert_same,
+    chain_state,
+    cross_entropy,
+    drawing,
+    example_weights,
+    feature_batches,
+    meta_loss,
+    one_stage,
+    two_stages,
+)
 from torch import nn
 
 import metaopt
+from metaopt.estimators import Checkpointed, Unrolled
 from metaopt.meta_params import named_tensors
 
 
@@ -79,6 +94,46 @@ def test_a_missing_path_tells_what_to_call():
     with pytest.raises(metaopt.MissingPathError) as raised:
         metaopt.hypergradient(meta_loss(two_stages(), weights).detach(), weights)
     assert "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))" in str(raised.value)
+
+
+def on_labels(model, batch, meta_params, upstream):
+    labels = upstream["teacher"](batch["inputs"]).argmax(-1)  # cut
+    return F.cross_entropy(model(batch["inputs"]), labels)
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_the_line_that_cuts_a_path_is_named_with_nothing_but_the_graph(estimator):
+    chain, weights = two_stages(estimator=estimator), example_weights()
+    chain.stages["student"].loss = on_labels
+    loss, before = meta_loss(chain, weights), chain_state(chain)
+    with pytest.raises(metaopt.MissingPathError) as raised:
+        metaopt.backward(loss, weights)
+    said = str(raised.value)
+    for part in ("'logits': no path of the graph", "the loss of stage 'student'", "argmax", shown(on_labels)):
+        assert part in said
+    assert "explain_hypergradient" not in said
+    assert_same(chain_state(chain), before)
+    assert weights.logits.grad is None
+
+
+def test_what_the_graph_does_not_show_is_said_to_be_elsewhere():
+    chain, weights = two_stages(), example_weights()
+    chain.stages["student"].loss = cross_entropy
+    loss = meta_loss(chain, weights)
+    with pytest.raises(metaopt.MissingPathError) as raised:
+        metaopt.backward(loss, weights)
+    assert "take upstream['teacher'] in a loss" in str(raised.value)
+    assert "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params)) looks there" in str(raised.value)
+
+
+def test_without_its_chain_the_error_says_what_to_call():
+    chain, weights = two_stages(), example_weights()
+    chain.stages["student"].loss = on_labels
+    loss = meta_loss(chain, weights)
+    del chain
+    gc.collect()
+    with pytest.raises(metaopt.MissingPathError, match=r"at which line, says print\(metaopt\.explain_hypergradient"):
+        metaopt.backward(loss, weights)
 
 
 def test_what_learns_nothing_has_no_hypergradient():
