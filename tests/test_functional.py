@@ -30,6 +30,7 @@ from small import (
 from small_models import Linear, Network, Recurrent, Tied, TwoNames, llama
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaForCausalLM
 
 import metaopt
 
@@ -87,8 +88,10 @@ def test_training_follows_the_plain_module(case):
     optimizer = MOMENTUM(plain.parameters())
     for _ in range(3):
         optimizer.zero_grad()
-        scores = logits_of(plain(**inputs_of(batch)))
-        F.cross_entropy(scores.flatten(0, -2), batch["labels"].flatten()).backward()
+        scores, labels = logits_of(plain(**inputs_of(batch))), batch["labels"]
+        if isinstance(model, LlamaForCausalLM):
+            scores, labels = scores[:, :-1], labels[:, 1:]
+        F.cross_entropy(scores.flatten(0, -2), labels.flatten()).backward()
         optimizer.step()
     fast = trained_model(model, batch, MOMENTUM, num_steps=3)
     assert_same({n: p.detach() for n, p in fast.params.items()}, dict(plain.named_parameters()), 1e-12)
