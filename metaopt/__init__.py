@@ -17,6 +17,7 @@ if not (_CHECKOUT / "metaopt" / "conf").is_dir() and (_CHECKOUT / "conf" / "conf
 _PUBLIC = {
     "Annealed": "soft_inputs",
     "AugmentedLoss": "augmentation",
+    "CSVLogger": "loggers",
     "Captured": "estimators",
     "Chain": "chain",
     "Checkpointed": "estimators",
@@ -38,6 +39,7 @@ _PUBLIC = {
     "FirstOrder": "estimators",
     "FixedWeights": "meta_params",
     "FromMeta": "learned",
+    "FromUpstream": "losses",
     "GaussianNoise": "augmentation",
     "Generated": "handover",
     "GumbelSamples": "soft_inputs",
@@ -48,17 +50,22 @@ _PUBLIC = {
     "InnerLoss": "losses",
     "LearnedHyperparameters": "learned",
     "LabelSmoothing": "losses",
+    "Logger": "loggers",
+    "cross_entropy_per_example": "losses",
     "load_meta_params": "tracking",
     "locate_non_finite": "diagnostics.non_finite",
     "MetaObjective": "objectives",
     "MetaParameters": "meta_params",
+    "MetaResult": "trainer",
     "MetaTrainer": "trainer",
     "MetaoptError": "errors",
     "MissingPathError": "errors",
     "Neumann": "estimators",
     "NonFiniteError": "errors",
     "OneStep": "estimators",
+    "PrintLogger": "loggers",
     "Product": "estimators",
+    "Selection": "trainer",
     "SoftTargetLoss": "soft_targets",
     "SoftTargets": "soft_targets",
     "SourceWeights": "meta_params",
@@ -68,12 +75,14 @@ _PUBLIC = {
     "SumOfLosses": "loss_terms",
     "SumOfObjectives": "objectives",
     "SurrogateLoss": "objectives",
+    "TensorBoardLogger": "loggers",
     "TermWeights": "loss_terms",
     "TokenWeights": "meta_params",
     "Truncated": "estimators",
     "Uniform": "meta_params",
     "Unrolled": "estimators",
     "ValidationLoss": "objectives",
+    "WandbLogger": "loggers",
     "WeightNetwork": "weight_network",
     "WeightedLoss": "losses",
     "backward": "diagnostics.backward",
@@ -84,6 +93,7 @@ _PUBLIC = {
     "hypergradient": "diagnostics.backward",
     "mixed_jacobian": "mixed",
     "mixed_vjp": "mixed",
+    "model_inputs": "losses",
     "register_optimizer": "torch_optim.kinds",
     "sequential": "transforms",
 }
@@ -137,15 +147,23 @@ if TYPE_CHECKING:
     from metaopt.learned import FromMeta as FromMeta
     from metaopt.learned import InitialWeights as InitialWeights
     from metaopt.learned import LearnedHyperparameters as LearnedHyperparameters
+    from metaopt.loggers import CSVLogger as CSVLogger
+    from metaopt.loggers import Logger as Logger
+    from metaopt.loggers import PrintLogger as PrintLogger
+    from metaopt.loggers import TensorBoardLogger as TensorBoardLogger
+    from metaopt.loggers import WandbLogger as WandbLogger
     from metaopt.loss_terms import SumOfLosses as SumOfLosses
     from metaopt.loss_terms import TermWeights as TermWeights
     from metaopt.losses import CrossEntropy as CrossEntropy
     from metaopt.losses import Distillation as Distillation
+    from metaopt.losses import FromUpstream as FromUpstream
     from metaopt.losses import HardLabels as HardLabels
     from metaopt.losses import HiddenStates as HiddenStates
     from metaopt.losses import InnerLoss as InnerLoss
     from metaopt.losses import LabelSmoothing as LabelSmoothing
     from metaopt.losses import WeightedLoss as WeightedLoss
+    from metaopt.losses import cross_entropy_per_example as cross_entropy_per_example
+    from metaopt.losses import model_inputs as model_inputs
     from metaopt.meta_params import ClassWeights as ClassWeights
     from metaopt.meta_params import ExampleWeights as ExampleWeights
     from metaopt.meta_params import FixedWeights as FixedWeights
@@ -169,7 +187,9 @@ if TYPE_CHECKING:
     from metaopt.stage import Stage as Stage
     from metaopt.torch_optim.kinds import register_optimizer as register_optimizer
     from metaopt.tracking import load_meta_params as load_meta_params
+    from metaopt.trainer import MetaResult as MetaResult
     from metaopt.trainer import MetaTrainer as MetaTrainer
+    from metaopt.trainer import Selection as Selection
     from metaopt.transforms import ClipNorm as ClipNorm
     from metaopt.transforms import ClipValue as ClipValue
     from metaopt.transforms import grouped as grouped

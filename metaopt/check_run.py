@@ -16,8 +16,9 @@ from metaopt.diagnostics.explain import explain_hypergradient, explained
 from metaopt.errors import ConfigError, MissingPathError
 from metaopt.inspection import Inspection
 from metaopt.meta_params import AnyMetaParameters, named_tensors
+from metaopt.progress import progress_bar
 from metaopt.run import FEW
-from metaopt.tracking import progress_bar, versions
+from metaopt.tracking import circumstances
 
 
 class CheckRun(Inspection):
@@ -70,5 +71,5 @@ class CheckRun(Inspection):
             self.console.print(Text(cuts))
         report.print_verdict(self.console, result)
         seconds = time.perf_counter() - self._start
-        more = {"cuts": cuts, "seconds": seconds, "seed": self.config.trainer.seed, "versions": versions()}
+        more = {"cuts": cuts, **circumstances(seconds, self.config.trainer.seed)}
         (self.path / "check.json").write_text(json.dumps({**result.as_dict(), **more}, indent=2) + "\n")

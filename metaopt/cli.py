@@ -29,9 +29,9 @@ def train(config: DictConfig, folder: str) -> float:
         config: as `metaopt.config.prepare` returns it.
         folder: where the run writes.
     """
-    from metaopt.run import Run
+    from metaopt.run import Run, threads
 
-    with Run(config, folder) as run:
+    with threads(config.trainer.num_threads), Run(config, folder) as run:
         run.config, data, trainer = assemble(config, [run.observe])
 
         run.begin(data, trainer)
@@ -51,12 +51,14 @@ def check(config: DictConfig, folder: str) -> str:
         folder: where the check writes.
     """
     from metaopt.check_run import CheckRun
+    from metaopt.run import threads
 
-    config, _, trainer = assemble(config)
-    run = CheckRun(config, folder, trainer)
-    run.warm_up()
-    result = run.check()
-    run.report(result)
+    with threads(config.trainer.num_threads):
+        config, _, trainer = assemble(config)
+        run = CheckRun(config, folder, trainer)
+        run.warm_up()
+        result = run.check()
+        run.report(result)
     return result.verdict
 
 
@@ -68,12 +70,14 @@ def compare_estimators(config: DictConfig, folder: str) -> Any:
         folder: where the comparison writes.
     """
     from metaopt.fidelity_run import FidelityRun
+    from metaopt.run import threads
 
-    config, _, trainer = assemble(config)
-    run = FidelityRun(config, folder, trainer)
-    run.warm_up()
-    result = run.compare()
-    run.report(result)
+    with threads(config.trainer.num_threads):
+        config, _, trainer = assemble(config)
+        run = FidelityRun(config, folder, trainer)
+        run.warm_up()
+        result = run.compare()
+        run.report(result)
     return result
 
 

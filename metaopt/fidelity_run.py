@@ -21,7 +21,8 @@ from metaopt.diagnostics.fidelity_result import FidelityResult, FidelityRow
 from metaopt.errors import ConfigError, MissingPathError
 from metaopt.estimators import Estimator
 from metaopt.inspection import Inspection
-from metaopt.tracking import progress_bar, versions
+from metaopt.progress import progress_bar
+from metaopt.tracking import circumstances
 from metaopt.trainer import MetaTrainer
 
 
@@ -72,8 +73,8 @@ class FidelityRun(Inspection):
         """Show the table, the remarks and what to use; write `fidelity.json` and the plot."""
         print_fidelity(self.console, result)
         seconds = time.perf_counter() - self._start
-        more = {"seconds": seconds, "seed": self.config.trainer.seed, "versions": versions()}
-        (self.path / "fidelity.json").write_text(json.dumps({**result.as_dict(), **more}, indent=2) + "\n")
+        found = {**result.as_dict(), **circumstances(seconds, self.config.trainer.seed)}
+        (self.path / "fidelity.json").write_text(json.dumps(found, indent=2) + "\n")
         if self.config.output.plots:
             plot_fidelity(result, self.path / "fidelity.png")
 

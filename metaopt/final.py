@@ -1,15 +1,21 @@
-"""The final retrain: A is frozen, and fresh models go through the whole chain by plain training."""
+"""After the outer loop: A is frozen, fresh models go through the whole chain by plain training; is it any good?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt.chain import Chain, TrainedChain
+from metaopt.data.bundle import DataBundle
 from metaopt.meta_params import AnyMetaParameters, as_named
+from metaopt.objectives import ValidationLoss
+from metaopt.trainer import MetaTrainer
+
+FEWEST = 10  # meta-steps of which a trend is told
 
 
 def weights_of(meta_params: AnyMetaParameters) -> tuple[str, Tensor] | None:
@@ -71,3 +77,44 @@ def scored(
     """Return the metrics of one trained stage on a stream."""
     with torch.no_grad():
         return dict(score(trained[stage], [chain.move(batch) for batch in batches]))
+
+
+def doubts(
+    trainer: MetaTrainer, records: Sequence[Mapping[str, Any]], data: DataBundle, metrics: Mapping[str, float]
+) -> list[str]:
+    """Return what speaks against a run: a meta-loss that has not fallen or is that of guessing, a metric at chance.
+
+    Guessing among C classes has the loss log C and the accuracy 1/C; a validation loss within a hundredth of it, or an
+    accuracy within two standard errors, counts as guessed. The first and the last tenth of the meta-steps are compared.
+    """
+    found = []
+    losses = [record["meta_loss"] for record in records]
+    part = max(1, len(losses) // 10)
+    end = sum(losses[-part:]) / part if losses else math.nan
+    classes = num_classes(trainer, data)
+    is_mean = isinstance(trainer.objective, ValidationLoss)
+    if is_mean and classes and end > 0.99 * math.log(classes):
+        guess = f"guessing among {classes} classes gives {math.log(classes):.3f}"
+        found.append(f"The meta-loss ends at {end:.3f}, no better than chance: {guess}.")
+    start = sum(losses[:part]) / part if losses else math.nan
+    if trainer.learns and len(losses) >= FEWEST and end >= start:
+        found.append(f"The meta-loss has not fallen: {start:.4g} at the start, {end:.4g} at the end.")
+    size = data.sizes.get("test", 0)
+    by_chance = {"accuracy": 1 / classes, "token_accuracy": 1 / classes, "exact_match": 0.0} if classes else {}
+    for name, chance in by_chance.items():
+        error = math.sqrt(chance * (1 - chance) / size) if size else 0.0
+        if name in metrics and metrics[name] <= chance + 2 * error:
+            shown = name.replace("_", " ")
+            found.append(f"The {shown} on test, {metrics[name]:.3f}, is no better than chance ({chance:.3g}).")
+    return found
+
+
+def num_classes(trainer: MetaTrainer, data: DataBundle) -> int | None:
+    """Return among how many classes, or tokens, the validated model chooses, by the data or its output layer."""
+    known = data.facts.get("num_labels") or data.facts.get("vocab_size")
+    if known is None:
+        stages = trainer.chain.stages
+        model = stages[getattr(trainer.objective, "stage", list(stages)[-1])].model
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        known = None if head is None else len(head.weight)
+    return known

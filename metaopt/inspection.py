@@ -12,8 +12,8 @@ from rich.console import Console
 
 from metaopt.config import as_yaml
 from metaopt.errors import ConfigError
+from metaopt.progress import progress_bar
 from metaopt.run import WIDTH
-from metaopt.tracking import progress_bar
 from metaopt.trainer import MetaTrainer
 
 

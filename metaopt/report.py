@@ -15,6 +15,11 @@ from torch import Tensor
 SMALL = 8  # entries of a meta-parameter that are shown one by one
 BAR = 30  # characters of the longest bar
 GOOD, BAD, PLAIN = "#2a9d8f", "#e76f51", "#457b9d"
+REMEDIES = (
+    "What often helps: another inner learning rate (optimizer.lr=...), more inner steps (stages.<name>.num_steps=...), "
+    "more meta-steps (trainer.meta_steps=...), another meta-rate (meta_optimizer.lr=...). With the same overrides, "
+    "metaopt-check says whether the hypergradient is right, metaopt-fidelity what each estimator makes of it."
+)
 VERDICTS = {"agrees": "green", "undecided": "yellow", "differs": "bold red"}
 
 
@@ -154,12 +159,13 @@ def print_answers(console: Console, answers: Mapping[str, Sequence[tuple[str, st
     console.print(table)
 
 
-def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], steps: str) -> None:
+def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], title: str) -> None:
     """Show the test metrics of each training."""
     if not scores:
         return
     metrics = list(next(iter(scores.values())))
-    table = Table(title=f"test, after training fresh models ({steps})", title_justify="left")
+    console.print(Text(title, style="italic"))
+    table = Table()
     table.add_column("weights")
     for metric in metrics:
         table.add_column(metric.replace("_", " "), justify="right")
@@ -168,14 +174,23 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], st
     console.print(table)
 
 
-def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw meta-loss and inner losses over the meta-steps."""
+def print_doubts(console: Console, doubts: Sequence[str]) -> None:
+    """Show what speaks against a run, and what usually helps."""
+    for doubt in [*doubts, REMEDIES] if doubts else []:
+        console.print(Text(doubt, style="yellow"))
+
+
+def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path, best_step: int | None = None) -> None:
+    """Draw meta-loss and inner losses over the meta-steps; the best look at the selection stream is marked."""
     figure, axes = _figure(6.4, 3.6)
     steps = [record["meta_step"] for record in records]
     for key in (k for k in records[0] if k.startswith("inner_loss/")):
         label = f"inner loss, {key.removeprefix('inner_loss/')}"
         axes.plot(steps, [record[key] for record in records], linewidth=0.8, alpha=0.6, label=label)
     axes.plot(steps, [record["meta_loss"] for record in records], color="black", linewidth=1.4, label="meta-loss")
+    if best_step in steps:
+        best = records[steps.index(best_step)]["meta_loss"]
+        axes.plot(best_step, best, "o", color=GOOD, markersize=7, label=f"best look, meta-step {best_step}", zorder=3)
     axes.set(xlabel="meta-step", ylabel="loss (nats)", title="Meta-loss")
     if axes.get_ylim()[0] > 0:
         axes.set_ylim(bottom=0)
@@ -191,7 +206,7 @@ def plot_source_weights(weights: Tensor, names: Sequence[str], good: Tensor | No
     colours = [PLAIN if good is None else GOOD if bool(good[i]) else BAD for i in range(len(share))]
     axes.barh(labels, share, color=colours)
     axes.axvline(1 / len(share), color="grey", linewidth=1, linestyle=":", label="uniform")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center")
     axes.invert_yaxis()
     axes.set(xlabel="share of all weight", title="Learned weight of each source")
     if good is not None:
@@ -203,14 +218,35 @@ def plot_source_weights(weights: Tensor, names: Sequence[str], good: Tensor | No
 def plot_example_weights(weights: Tensor, is_clean: Tensor | None, path: Path) -> None:
     """Draw histograms of the example weights, clean and corrupted apart."""
     figure, axes = _figure(6.4, 3.6)
-    bins = torch.linspace(float(weights.min()), float(weights.max()) + 1e-9, 41).tolist()
+    low, high = float(weights.min()), float(weights.max())
+    margin = max(0.0, 0.01 * abs(high) + 1e-6 - (high - low)) / 2  # nearly equal weights still get bins of some width
+    bins = torch.linspace(low - margin, high + margin, 42, dtype=torch.float64).tolist()
     if is_clean is None:
         axes.hist(weights.numpy(), bins=bins, color=PLAIN)
     else:
         axes.hist(weights[is_clean].numpy(), bins=bins, color=GOOD, alpha=0.7, label="clean")
         axes.hist(weights[~is_clean].numpy(), bins=bins, color=BAD, alpha=0.7, label="corrupted")
-        axes.legend(frameon=False, loc="upper center")
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
     axes.set(xlabel="learned weight", ylabel="training examples", title="Learned example weights")
+    _save(figure, path)
+
+
+def plot_scores(scores: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draw the test metrics of each training as bars, one panel per metric."""
+    metrics = list(next(iter(scores.values())))
+    figure, _ = _figure(3.2 * max(2, len(metrics)), 0.6 * len(scores) + 1.4)
+    figure.clear()
+    figure.suptitle("Test, by the weights trained with", fontsize=12)
+    for i, (axes, metric) in enumerate(zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True)):
+        values = [values[metric] for values in scores.values()]
+        bars = axes.barh(list(scores), values, color=[GOOD if name == "learned" else PLAIN for name in scores])
+        axes.bar_label(bars, fmt="%.3f", padding=3)
+        axes.margins(x=0.2)
+        if not any(values):
+            axes.set_xlim(0, 1)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel=metric.replace("_", " "), yticks=range(len(scores)), yticklabels=list(scores) if not i else [])
     _save(figure, path)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -23,16 +24,28 @@ from metaopt.config import as_yaml
 from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.check import check_hypergradient
 from metaopt.errors import with_note
-from metaopt.final import retrain, scored, weight_quality, weights_of
+from metaopt.final import doubts, retrain, scored, weight_quality, weights_of
 from metaopt.meta_params import baseline, named_tensors, summary
 from metaopt.objectives import MetaObjective
-from metaopt.tracking import RunFolder, progress_bar
+from metaopt.progress import progress_bar
+from metaopt.tracking import RunFolder
 from metaopt.trainer import MetaResult, MetaTrainer
 
 NUM_ANSWERS = 6
 NUM_PICTURED = 20
 FEW = 4  # entries of a meta-parameter that are checked one by one
 WIDTH = 110
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads on the CPU inside the block; None for as many as it does already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Run:
@@ -54,9 +67,10 @@ class Run:
         self.console = Console(width=None if sys.stdout.isatty() else WIDTH)  # a log file has no width of its own
         self.metrics: dict[str, float] = {}
         self.scores: dict[str, dict[str, float]] = {}
+        self.doubts: list[str] = []
+        self.best_step: int | None = None
         self.logger: Any = None
         self._fresh: dict[str, Any] = {}
-        self._advance: Any = None
 
     def __enter__(self) -> Run:
         self._start = time.perf_counter()
@@ -64,20 +78,21 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         more: dict[str, Any] = {} if error is None else {"error": with_note(error)}
-        if self.scores:
-            more["test"] = self.scores
+        more |= {name: found for name, found in (("test", self.scores), ("doubts", self.doubts)) if found}
         status = "complete" if error is None else "failed"
         seconds = time.perf_counter() - self._start
         self.folder.write_result(status, seconds, self.config.trainer.seed, self.metrics, **more)
+        if self.logger is not None:
+            self.logger.close()
 
     # --- before the outer loop ----------------------------------------------------------------------------------
 
     def begin(self, data: DataBundle, trainer: MetaTrainer) -> None:
         """Take the built parts, and keep the fresh chain's state for the comparison."""
         self.data, self.trainer = data, trainer
+        (self.folder.path / "config.yaml").write_text(as_yaml(self.config))
         self.logger = build_logger(self.config, self.folder.path)
         self._fresh = copy.deepcopy(trainer.chain.state_dict())
-        (self.folder.path / "config.yaml").write_text(as_yaml(self.config))
         sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
         examples = f"; examples: {sizes}" if sizes else ""
         self.console.print(f"{self.trainer.chain!r}{examples}; writing to {self.folder.path}")
@@ -109,8 +124,8 @@ class Run:
     def learn(self) -> MetaResult:
         """Take the meta-steps, with a progress bar."""
         meta_steps = self.config.trainer.meta_steps
-        with progress_bar(self.console, "meta-steps", meta_steps) as self._advance:
-            result = self.trainer.fit(meta_steps)
+        result = self.trainer.fit(meta_steps, progress=self.console)
+        self.best_step = result.best_step
         if meta_steps:
             self.metrics["meta_loss"] = result.meta_loss
         quality = weight_quality(self.trainer.meta_params, self.data.good_sources, self.data.is_clean)
@@ -118,11 +133,10 @@ class Run:
         return result
 
     def observe(self, record: Mapping[str, Any]) -> None:
-        """Log one meta-step, and move the bar."""
+        """Log one meta-step."""
         self.folder.log(record)
         if self.logger is not None:
-            self.logger.log(record)
-        self._advance(f"meta-loss {record['meta_loss']:.4f}")
+            self.logger(record)
 
     # --- after it -----------------------------------------------------------------------------------------------
 
@@ -146,7 +160,11 @@ class Run:
         self.metrics.update(next(iter(self.scores.values()), {}))
         self._show_weights()
         report.print_answers(self.console, answers)
-        report.print_scores(self.console, self.scores, ", ".join(f"{n} {name} steps" for name, n in steps.items()))
+        plain = ", ".join(f"{n} {name} steps" for name, n in steps.items())
+        trained_how = f"after training fresh models ({plain})" if names else "of the models trained on the way"
+        report.print_scores(self.console, self.scores, f"test, {trained_how}")
+        self.doubts = doubts(self.trainer, self.folder.records, self.data, self.metrics)
+        report.print_doubts(self.console, self.doubts)
 
     def _train(
         self, meta_params: Any, steps: Mapping[str, int], label: str, start: Mapping[str, Any] | None = None
@@ -198,7 +216,9 @@ class Run:
             return
         path, data = self.folder.path, self.data
         if self.folder.records:
-            report.plot_meta_loss(self.folder.records, path / "meta_loss.png")
+            report.plot_meta_loss(self.folder.records, path / "meta_loss.png", self.best_step)
+        if len(self.scores) > 1:
+            report.plot_scores(self.scores, path / "comparison.png")
         found = weights_of(self.trainer.meta_params) if self.trainer.learns else None
         if found is not None and found[0] == "source":
             report.plot_source_weights(found[1], data.source_names, data.good_sources, path / "weights.png")

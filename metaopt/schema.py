@@ -51,6 +51,7 @@ class TrainerSchema:
     seed: int = at_least(0, 0)
     device: str = "cpu"
     dtype: Literal["float32", "float64"] = "float32"
+    num_threads: int | None = at_least(1, 1)
     check_first_step: bool = True
     select_every: int | None = at_least(1, None)
     patience: int | None = at_least(1, None)

@@ -1,18 +1,15 @@
-"""A run's folder, and the progress bar: what a person and a program find of a run."""
+"""A run's folder: what a person and a program find of a run."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -44,8 +41,8 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def write_result(self, status: str, seconds: float, seed: int, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Write `result.json`: status (`complete` or `failed`), seconds, versions, seed, metrics."""
-        result = {"status": status, "seconds": seconds, "seed": seed, "versions": versions(), "metrics": dict(metrics)}
+        """Write `result.json`: status (`complete` or `failed`), the circumstances, metrics."""
+        result = {"status": status, **circumstances(seconds, seed), "metrics": dict(metrics)}
         (self.path / "result.json").write_text(json.dumps({**result, **more}, indent=2) + "\n")
 
     def save_meta_params(self, meta_params: AnyMetaParameters, last: Mapping[str, Any] | None = None) -> None:
@@ -115,6 +112,11 @@ def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
+def circumstances(seconds: float, seed: int) -> dict[str, Any]:
+    """Return what decides a run's bits beside its config: seed, number of threads, versions; and how long it took."""
+    return {"seconds": seconds, "seed": seed, "num_threads": torch.get_num_threads(), "versions": versions()}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a run's numbers."""
     found = {"python": platform.python_version()}
@@ -124,20 +126,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-@contextmanager
-def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
-    """Show a bar with time left; yields `advance(text)`, to be called once per step with what to show beside it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total, text="")
-        yield lambda text="": progress.update(task, advance=1, text=text)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ from metaopt.errors import ConfigError, MissingPathError, NonFiniteError, did_yo
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective, evaluate
+from metaopt.progress import progress_bar
 from metaopt.random_state import derived_seed, draw_seed, seeded
 from metaopt.ranges import check_counts
 from metaopt.telling import require_arguments
@@ -90,7 +92,7 @@ class MetaTrainer:
         carry: stage name → `always` (carry on from the trained weights), `never` (start each meta-step from the
             initial weights), or N (start anew after every N meta-steps); `always` where it is not given.
         selection: early stopping and the best meta-parameters; None for none.
-        observers: called with each meta-step's record.
+        observers: called with each meta-step's record: functions, or loggers such as `metaopt.CSVLogger(folder)`.
         validation_batches: of each meta-step; the meta-loss is their mean, for the memory of one of them.
     """
 
@@ -140,26 +142,30 @@ class MetaTrainer:
         """Return the validation batch of the next meta-step; the stream stays where it is."""
         return self.chain.move(self.validation.peek(1)[0])
 
-    def fit(self, meta_steps: int) -> MetaResult:
+    def fit(self, meta_steps: int, progress: bool | Console = False) -> MetaResult:
         """Take meta-steps until `meta_steps` are done in all, or selection stops the run.
+
+        `progress=True` shows a bar in a terminal or a notebook, and nothing elsewhere.
 
         Afterwards the meta-parameters are those of the best look at the selection stream, if there was one; to go on
         with a run, take `state_dict()` in an observer, before that.
         """
         start, meta_loss, stopped = time.perf_counter(), float("nan"), False
-        while self.step < meta_steps and not stopped:
-            began = time.perf_counter()
-            looks = self._is_look(self.step + 1, meta_steps)
-            used = self._meta_state() if looks else {}
-            trained, record = self.meta_step()
-            meta_loss = record["meta_loss"]
-            if looks and self.selection is not None:
-                record |= self._look(trained, used)
-                patience = self.selection.patience
-                stopped = patience is not None and self._best["looks_since"] >= patience
-            record["seconds"] = time.perf_counter() - began
-            for observe in self.observers:
-                observe(record)
+        with progress_bar(progress, "meta-steps", meta_steps, done=self.step) as advance:
+            while self.step < meta_steps and not stopped:
+                began = time.perf_counter()
+                looks = self._is_look(self.step + 1, meta_steps)
+                used = self._meta_state() if looks else {}
+                trained, record = self.meta_step()
+                meta_loss = record["meta_loss"]
+                if looks and self.selection is not None:
+                    record |= self._look(trained, used)
+                    patience = self.selection.patience
+                    stopped = patience is not None and self._best["looks_since"] >= patience
+                record["seconds"] = time.perf_counter() - began
+                for observe in self.observers:
+                    observe(record)
+                advance(f"meta-loss {meta_loss:.4f}")
         self.last_meta_params = self._meta_state() if self.learns and self._best["meta_params"] is not None else None
         self._restore_best()
         best = self._best
@@ -225,17 +231,12 @@ class MetaTrainer:
     @torch.no_grad()
     def _score(self, selection: Selection, trained: TrainedChain) -> tuple[Mapping[str, float], float, bool]:
         batches = [self.chain.move(batch) for batch in selection.batches]
-        with seeded(derived_seed(self.seed, self.step, _LOOK)):
-            return self._score_seeded(selection, trained, batches)
-
-    def _score_seeded(
-        self, selection: Selection, trained: TrainedChain, batches: Sequence[Any]
-    ) -> tuple[Mapping[str, float], float, bool]:
         best = self._best["score"]
-        if selection.score is None or selection.metric is None:
-            loss = self.mean_loss(trained, batches)
-            return {"loss": loss}, loss, math.isfinite(loss) and (best is None or loss < best)
-        metrics = selection.score(trained[selection.stage], batches)
+        with seeded(derived_seed(self.seed, self.step, _LOOK)):
+            if selection.score is None or selection.metric is None:
+                loss = self.mean_loss(trained, batches)
+                return {"loss": loss}, loss, math.isfinite(loss) and (best is None or loss < best)
+            metrics = selection.score(trained[selection.stage], batches)
         if selection.metric not in metrics:
             raise ConfigError(f"selection: no metric {selection.metric!r}{did_you_mean(selection.metric, metrics)}")
         score = metrics[selection.metric]

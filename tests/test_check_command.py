@@ -45,10 +45,11 @@ def table(folder: Path) -> dict[str, Any]:
 
 
 def test_a_right_config_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(tmp_path, *QUICK, "check.coordinates={logits: [0, 5]}") == "agrees"
+    assert check(tmp_path, *QUICK, "check.coordinates={logits: [0, 5]}", "trainer.num_threads=2") == "agrees"
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "check.json"}
     written = table(tmp_path)
     assert written["verdict"] == "agrees"
+    assert written["num_threads"] == 2
     assert [row["direction"] for row in written["rows"]] == ["random 1", "entry 0", "entry 5"]
     assert [point["step"] for point in written["rows"][0]["sweep"]] == [1e-3, 1e-4]
     assert max(row["relative_error"] for row in written["rows"]) < 1e-4

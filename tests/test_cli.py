@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
@@ -31,9 +32,9 @@ def run(folder: Path, *overrides: str) -> float:
         return train(prepare(compose("config", overrides=list(overrides)), overrides), str(folder))
 
 
-def command(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(cwd: Path, *arguments: str, num_threads: int = 1) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, in the user's folder."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(num_threads), "COLUMNS": "100"}
     env.pop("HYDRA_FULL_ERROR", None)
     line = [sys.executable, "-m", "metaopt", *arguments]
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -70,7 +71,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
     score = run(tmp_path, *DIGITS)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     models = {f"models/{stage}/model.safetensors" for stage in ("teacher", "student")}
-    plots = {"meta_loss.png", "weights.png", "lowest_weights.png"}
+    plots = {"meta_loss.png", "weights.png", "lowest_weights.png", "comparison.png"}
     assert found == {"config.yaml", "metrics.jsonl", "result.json", *META_PARAMS, *models, *plots}
     for path in plots:
         assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
@@ -83,6 +84,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "hypergradient of the first meta-step" in shown
     assert "learned example weights" in shown
+    assert "fresh models" in shown
     assert "num_features: 64" in (tmp_path / "config.yaml").read_text()
 
 
@@ -131,6 +133,19 @@ def test_float64(tmp_path: Path) -> None:
     run(tmp_path, *QUICK, "trainer.dtype=float64")
     weights = load_file(tmp_path / "models" / "student" / "model.safetensors")
     assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.float64"}
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [((), 1), (("trainer.num_threads=3",), 3), (("trainer.num_threads=null",), 2)]
+)
+def test_the_number_of_threads_is_the_config_s_and_is_put_back(given, used, tmp_path: Path) -> None:
+    torch.set_num_threads(2)  # as torch itself would on a machine of two cores
+    try:
+        run(tmp_path, *QUICK, *given)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert result(tmp_path)["num_threads"] == used
 
 
 def test_no_meta_step_at_all(tmp_path: Path) -> None:
@@ -345,10 +360,10 @@ def test_a_broken_plug_in_is_shown_by_its_own_lines(folder: Path) -> None:
 
 def test_a_sweep_runs_every_job(tmp_path: Path) -> None:
     sweep = ("optimizer=sgd,adam", "meta_params=example_weights,uniform", "hydra.sweep.dir=sweep")
-    done = command(tmp_path, "-m", *QUICK, *sweep)
+    done = command(tmp_path, "-m", *QUICK, *sweep, num_threads=2)
     assert done.returncode == 0, done.stderr
     folders = sorted((tmp_path / "sweep").glob("[0-9]*"))
-    assert [result(path)["status"] for path in folders] == ["complete"] * 4
+    assert [(result(path)["status"], result(path)["num_threads"]) for path in folders] == [("complete", 1)] * 4
     learns = [any("hypergradient_norm" in record for record in records(path)) for path in folders]
     assert learns == [True, False, True, False]
 

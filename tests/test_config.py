@@ -64,7 +64,7 @@ def test_the_number_of_config_files() -> None:
         "experiment": 5,
         "final": 3,
         "handover": 8,
-        "logger": 1,
+        "logger": 4,
         "loss": 6,
         "meta_optimizer": 4,
         "meta_params": 13,

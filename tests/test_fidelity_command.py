@@ -58,6 +58,7 @@ def test_what_a_comparison_leaves_behind(tmp_path: Path, capsys: pytest.CaptureF
     one_step, checkpointed, recompute = (rows[n]["cost"]["flops"] for n in ("one_step", "checkpointed", "recompute"))
     assert one_step < checkpointed < recompute
     assert written["versions"]["python"]
+    assert written["num_threads"] == 1
     shown = capsys.readouterr().out
     for part in ("2 teacher + 2 student steps", "in float32", "(plain training)", "→ fewest bytes, exact: "):
         assert part in shown

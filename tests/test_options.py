@@ -1,4 +1,4 @@
-"""Shipped options run, each where it belongs; loops, what is done with A afterwards, and TensorBoard."""
+"""Shipped options run, each where it belongs; loops, and what is done with A afterwards."""
 
 from __future__ import annotations
 
@@ -154,36 +154,8 @@ def test_the_final_retrain_saves_the_models_to_use(tmp_path):
         assert any(not torch.equal(final[name], on_the_way[name]) for name in final)
 
 
-def test_no_final_training(tmp_path):
+def test_no_final_training(tmp_path, capsys):
     run(tmp_path, *DIGITS, "final=none")
     assert set(result(tmp_path)["test"]) == {"trained"}
+    assert "test, of the models trained on the way" in capsys.readouterr().out
     assert not (tmp_path / "final_models").exists()
-
-
-# --- TensorBoard
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_has_scalars_weights_and_plots(tmp_path):
-    options = [option for option in DIGITS if "plots" not in option]
-    run(tmp_path, *options, "final=none", "logger=tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
-    events.Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("meta_loss")]
-    expected = [(record["meta_step"], record["meta_loss"]) for record in records(tmp_path)]
-    assert [step for step, _ in losses] == [step for step, _ in expected]
-    assert [value for _, value in losses] == pytest.approx([value for _, value in expected], rel=1e-6)
-    tags = events.Tags()
-    assert {"inner_loss/teacher", "hypergradient_norm", "final/noise_auc"} <= set(tags["scalars"])
-    assert tags["histograms"] == ["weights"]
-    assert set(tags["images"]) == {"meta_loss", "weights", "lowest_weights"}
-
-
-def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
-    with pytest.raises(metaopt.ConfigError, match=r"metaopt-chain\[tensorboard\]"):
-        run(tmp_path, *DIGITS, "logger=tensorboard")

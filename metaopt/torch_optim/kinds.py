@@ -157,5 +157,5 @@ def _refuse_learned_in_groups(optimizer: Optimizer) -> None:
                 raise ConfigError(
                     f"{type(optimizer).__name__} was given a {key!r} that requires grad, and nothing would reach it; "
                     f"learn it as a meta-parameter: metaopt.LearnedHyperparameters({key}=...) and "
-                    "Stage(..., overrides=metaopt.from_meta())"
+                    "Stage(..., overrides=metaopt.FromMeta())"
                 )
