@@ -1,13 +1,25 @@
-"""The README's code runs as it stands there."""
+"""The code, the commands and the options of the README (and of docs/) work as they stand there."""
 
+import json
+import logging
 import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
-README = Path(__file__).parent.parent / "README.md"
+import metaopt
+from metaopt import cli
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 VOCABULARY, BATCH, LENGTH = 20, 4, 6
 
 
@@ -27,7 +39,8 @@ def batch(start: int) -> dict[str, torch.Tensor]:
     return {**tokens, "index": torch.arange(start, start + BATCH)}
 
 
-def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight() -> None:
+def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     train_batches = [batch(0), batch(BATCH)]
     student = bert2bert()
@@ -47,6 +60,99 @@ def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight() ->
     assert any(not torch.equal(before[key], after[key]) for key in before), "commit carries on from the trained weights"
     exec(trainer, namespace)
     assert namespace["result"].meta_steps == 2
+    assert len((tmp_path / "runs" / "mine" / "metrics.csv").read_text().splitlines()) == 3
     namespace["weights"].zero_grad()
     exec(next(block for block in code_blocks() if "Checkpointed" in block), namespace)
     assert bool((namespace["weights"].logits.grad != 0).all())
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+SLOW = pytest.mark.slow
+COMMANDS = {"metaopt": cli.main, "metaopt-check": cli.check_main, "metaopt-fidelity": cli.fidelity_main}
+SMALLEST = {
+    "metaopt": ("output.plots=false", "final=none", "trainer.check_first_step=false"),
+    "metaopt-check": ("check.steps=[1e-3,1e-4]", "check.num_directions=1"),
+    "metaopt-fidelity": ("fidelity.num_runs=1", "~fidelity.estimators.captured"),
+}
+DATES = ("data.num_train=256", "data.num_unlabelled=128", "data.num_validation=32", "data.num_selection=32")
+DATES += ("data.num_test=32", "model.hidden_size=16")
+WITHOUT_TEXT = [part.split("```python")[0] for page in PAGES for part in page.read_text().split("```\n")]
+
+
+def found() -> list[str]:
+    """Each command that begins an indented line or stands between backticks, once."""
+    prose = "".join(re.sub(r"\\\n\s*", "", part) for part in WITHOUT_TEXT)
+    lines = re.findall(r"^ {4}(metaopt(?:-\w+)?(?: .*)?)$", prose, re.MULTILINE)
+    inline = re.findall(r"`(metaopt[\w-]* [^`…]+)`", prose)
+    return list(dict.fromkeys(re.sub(r"\s+#.*", "", command) for command in [*lines, *inline]))
+
+
+def smallest(command: str) -> list[str]:
+    """The same command at the smallest sizes."""
+    program, *arguments = shlex.split(command)
+    if "--help" in arguments:
+        return arguments
+    of_dates = DATES if not re.search(r"(data|experiment)=", command) else ()
+    more = ("debug=tiny", *SMALLEST[program], *of_dates)
+    return [*arguments, *(option for option in more if option not in arguments)]
+
+
+@pytest.fixture
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder with the files that the README speaks of; what a command changes in this process is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    (tmp_path / "mine.py").write_text(next(code for code in code_blocks() if code.startswith("# mine.py")))
+    for i, name in enumerate(("train", "more", "dev", "sel", "test")):
+        rows = [{"question": f"{i}{j}?", "answer": f"{j}", "origin": "ab"[j % 2]} for j in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:], root.level = handlers, level
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.usefixtures("_own_folder")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("command", [pytest.param(c, marks=SLOW if "fidelity" in c else ()) for c in found()])
+def test_every_command_runs(command, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [command.split()[0], *smallest(command)])
+    with suppress(SystemExit) if "check" in command or "help" in command else nullcontext():
+        COMMANDS[sys.argv[0]]()
+    if "--help" in command:
+        assert "Options of each group" in capsys.readouterr().out
+        return
+    jobs = re.findall(r"=\S+,\S+", command)
+    written = [*tmp_path.rglob("result.json"), *tmp_path.rglob("check.json"), *tmp_path.rglob("fidelity.json")]
+    assert len(written) == 2 ** len(jobs)
+
+
+def test_the_commands_are_found() -> None:
+    assert {"metaopt", "metaopt --help", "metaopt-check experiment=digits"} <= set(found())
+    assert any("data=text" in command and "data.source=origin" in command for command in found())
+
+
+def test_every_option_that_is_named_is_there() -> None:
+    """Between backticks, such as `handover=decoded` or `transform@stages.teacher.transform=clip_norm`."""
+    named = re.findall(r"`((?:[\w@./]+=[\w.…]+ ?)+)`", "".join(WITHOUT_TEXT))
+    options = {tuple(option.split("=")) for group in named for option in group.split()}
+    assert ("schedule@stages.teacher.schedule", "cosine") in options
+    top = re.findall(r"^  - (\w+): ", (ROOT / "conf" / "config.yaml").read_text(), re.MULTILINE)
+    for key, option in sorted(options):
+        group, _, package = key.partition("@")
+        if package or "." not in group:
+            assert package or group in top, f"{key}={option} is refused: {group} is no part of the whole config"
+            assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{key}={option}"
+
+
+def test_every_public_name_that_is_named_exists() -> None:
+    """In the pages, the configs, and what the package's own messages advise."""
+    sources = [*PAGES, *ROOT.glob("conf/**/*.yaml"), *ROOT.glob("metaopt/**/*.py")]
+    named = {name for path in sources for name in re.findall(r"\bmetaopt\.(\w+)", path.read_text())}
+    parts = {path.stem for path in (ROOT / "metaopt").iterdir()} | {"conf"}
+    assert named - parts <= {*metaopt.__all__, "cli", "__file__", "__version__"}
