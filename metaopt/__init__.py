@@ -15,6 +15,7 @@ if not (_CHECKOUT / "metaopt" / "conf").is_dir() and (_CHECKOUT / "conf" / "conf
 
 # Public name → module. Imported on first use: shell completion runs this package at every TAB, and torch takes seconds.
 _PUBLIC = {
+    "Adafactor": "torch_optim.adafactor",
     "Annealed": "soft_inputs",
     "AugmentedLoss": "augmentation",
     "CSVLogger": "loggers",
@@ -60,6 +61,7 @@ _PUBLIC = {
     "MetaTrainer": "trainer",
     "MetaoptError": "errors",
     "MissingPathError": "errors",
+    "Muon": "torch_optim.muon",
     "Neumann": "estimators",
     "NonFiniteError": "errors",
     "OneStep": "estimators",
@@ -185,7 +187,9 @@ if TYPE_CHECKING:
     from metaopt.soft_targets import SoftTargetLoss as SoftTargetLoss
     from metaopt.soft_targets import SoftTargets as SoftTargets
     from metaopt.stage import Stage as Stage
+    from metaopt.torch_optim.adafactor import Adafactor as Adafactor
     from metaopt.torch_optim.kinds import register_optimizer as register_optimizer
+    from metaopt.torch_optim.muon import Muon as Muon
     from metaopt.tracking import load_meta_params as load_meta_params
     from metaopt.trainer import MetaResult as MetaResult
     from metaopt.trainer import MetaTrainer as MetaTrainer

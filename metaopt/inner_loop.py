@@ -290,7 +290,7 @@ class PlainSteps:
         """Transform the raw gradient of step t, and let the optimizer step."""
         transformed = self._loop.transformed(gradients)
         for name, param in self._params.items():
-            param.grad = transformed[name]
+            param.grad = self._loop.rule.to_change(transformed[name])
         self._loop.rule.set_hyperparameters(self._optimizer, self._loop.hyperparameters(t, self._meta_params))
         self._optimizer.step()
 
@@ -300,5 +300,4 @@ class PlainSteps:
 
     def state(self) -> State:
         """Return a copy of the present optimizer state."""
-        state = self._loop.rule.read(self._optimizer, self._params)
-        return {n: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
+        return self._loop.rule.read(self._optimizer, self._params)

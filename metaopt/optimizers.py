@@ -8,6 +8,7 @@ construction. The user's optimizer is read, never stepped.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metaopt.errors import ConfigError
+from metaopt.errors import ConfigError, StageError
 from metaopt.schedules import Schedule as Schedule
 from metaopt.torch_optim.flattened import JointStep as JointStep
 from metaopt.torch_optim.flattened import State, in_parts
@@ -27,7 +28,9 @@ from metaopt.torch_optim.kinds import carries_gradient as carries_gradient
 from metaopt.torch_optim.kinds import kind_of
 from metaopt.torch_optim.kinds import per_element as per_element
 from metaopt.torch_optim.probe import probe
-from metaopt.torch_optim.step import plain, shallow, tracked
+from metaopt.torch_optim.step import GROUP, honours_differentiable, plain, shallow, tracked
+from metaopt.torch_optim.step import attributes as attributes
+from metaopt.torch_optim.step import with_attributes as with_attributes
 from metaopt.transforms import NamedParameters
 
 Tensors = dict[str, Tensor]
@@ -39,12 +42,15 @@ class UpdateRule:
     Args:
         optimizer: the user's optimizer over the stage's module.
         params: deduplicated name → the module's own parameter.
+        probed: try out a class that is not proven.
 
     Raises:
         ConfigError: the optimizer is of a type that is not proven, has step hooks, or holds foreign parameters.
     """
 
-    def __init__(self, optimizer: Optimizer, params: Mapping[str, torch.nn.Parameter]) -> None:
+    written: tuple[str, ...] = ()  # what a step writes into its group: carried on as state, under `GROUP`
+
+    def __init__(self, optimizer: Optimizer, params: Mapping[str, torch.nn.Parameter], probed: bool = True) -> None:
         self._kind = kind_of(optimizer)
         self.optimizer = optimizer
         names = {id(p): name for name, p in params.items()}
@@ -61,8 +67,8 @@ class UpdateRule:
         self.names = [name for members in self._members for name in members]
         if not self.names:
             raise ConfigError(f"{type(optimizer).__name__} has no parameter that requires grad: nothing to train")
-        if not self._kind.is_torch_s:
-            probe(optimizer, self._kind)
+        if probed and not self._kind.is_proven:
+            self.written = probe(optimizer, self._kind, functools.partial(UpdateRule, probed=False))
 
     @property
     def groups(self) -> list[Group]:
@@ -81,11 +87,14 @@ class UpdateRule:
 
     def initial_state(self) -> State:
         """Copy the user's optimizer's present state (empty for a fresh one), detached."""
-        state = {name: self.optimizer.state.get(self._params[name], {}) for name in self.names}
-        return {name: {k: _private(v) for k, v in entry.items()} for name, entry in state.items() if entry}
+        return self.read(self.optimizer, self._params)
 
     def check_overrides(self, overrides: Overrides) -> None:
         """Raise for hyperparameters that the optimizer does not have, and for ones that cannot be learned."""
+        for key in overrides:
+            if key in self.written:
+                cls = type(self.optimizer).__name__
+                raise ConfigError(f"overrides: {cls} itself writes {key!r} into its group; leave it to it")
         check_overrides(overrides, self.optimizer, self._kind, self._members)
 
     def step(
@@ -124,24 +133,34 @@ class UpdateRule:
         linear = self._kind.linear_in_rate
         for group in with_overrides(self.groups, overrides, together=("lr",) if linear else ()):
             names = [name for name in group.names if gradients.get(name) is not None]
+            if self.written and len(names) < len(group.names):
+                raise StageError(
+                    f"{type(self.optimizer).__name__} counts steps in its group ({', '.join(self.written)}), and this "
+                    "step's loss gives some of the group's parameters no gradient; freeze those that are not used"
+                )
             scales = rate_scales(group) if linear else None
             hyperparameters = {k: tracked(v) for k, v in group.hyperparameters.items()}
             hyperparameters |= {} if scales is None else {"lr": 1.0}
             for bucket in self._buckets(names, params, state, most):
-                yield JointStep(bucket, params, self.optimizer, self._kind.step, hyperparameters, scales)
+                whole = not self._kind.elementwise
+                yield JointStep(bucket, params, self.optimizer, self._kind.step, hyperparameters, scales, whole)
 
     def _buckets(self, names: Sequence[str], params: Tensors, state: State, most: int | None) -> Iterator[list[str]]:
         """Group parameters that one step on their concatenation treats alike: dtype, device, state keys, step count."""
         found: dict[Any, list[str]] = defaultdict(list)
         for name in names:
             shared = tuple(
-                (k, v.item() if isinstance(v, Tensor) and not per_element(k, v) else None)
+                (k, None if per_element(k, v) else v.item() if isinstance(v, Tensor) else repr(v))
                 for k, v in state.get(name, {}).items()
             )
             alone = None if self._kind.elementwise else name
             found[alone, params[name].dtype, params[name].device, shared].append(name)
         for bucket in found.values():
             yield from [bucket] if most is None else in_parts(bucket, params, most)
+
+    def to_change(self, gradient: Tensor | None) -> Tensor | None:
+        """Return a gradient for the plain step: a copy where the step may change it in place (torch's never do)."""
+        return gradient if gradient is None or honours_differentiable(self.optimizer) else gradient.clone()
 
     def set_hyperparameters(self, bound: Optimizer, overrides: Overrides) -> None:
         """Give a bound optimizer the hyperparameters of one step, as plain values; the rest are the user's own."""
@@ -153,30 +172,48 @@ class UpdateRule:
                 group.update(given)
             return
         by_name = dict(zip(self.names, (p for group in bound.param_groups for p in group["params"]), strict=True))
+        written = self._written(bound)
         bound.param_groups = [
-            {**given, "params": [by_name[name] for name in group.names]}
-            for group, given in zip(groups, values, strict=True)
+            {**given, **(written[members[0]] if members else {}), "params": members}
+            for members, given in zip(([by_name[n] for n in group.names] for group in groups), values, strict=True)
         ]
 
     def bind(self, params: Tensors, state: State) -> Optimizer:
         """Return torch's own optimizer over other leaf tensors, warm with `state`: the step without a graph."""
         groups = [{**g.hyperparameters, "params": [params[n] for n in g.names]} for g in self.groups]
         bound = shallow(self.optimizer, groups)
-        for name, entry in state.items():
-            bound.state[params[name]] = {k: _private(v) for k, v in entry.items()}
+        self._load(bound, params, state)
         return bound
 
-    def read(self, bound: Optimizer, params: Tensors) -> State:
-        """Return the state of a bound optimizer, by parameter name."""
-        return {n: dict(bound.state[params[n]]) for n in self.names if params[n] in bound.state}
+    def read(self, bound: Optimizer, params: Mapping[str, Tensor]) -> State:
+        """Return a copy of the state of a bound optimizer, by parameter name, and of what it wrote into its groups."""
+        written = self._written(bound)
+        state = {
+            n: {**bound.state.get(p, {}), **{GROUP + k: v for k, v in written[p].items()}}
+            for n, p in ((n, params[n]) for n in self.names)
+        }
+        return {name: {k: _private(v) for k, v in entry.items()} for name, entry in state.items() if entry}
+
+    def _written(self, bound: Optimizer) -> dict[Tensor, dict[str, Any]]:
+        groups = [({k: group[k] for k in self.written if k in group}, group["params"]) for group in bound.param_groups]
+        return {param: written for written, params in groups for param in params}
+
+    def _load(self, optimizer: Optimizer, params: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
+        written = {}
+        for name, entry in state.items():
+            own = {k: _private(v) for k, v in entry.items()}
+            written[params[name]] = {k.removeprefix(GROUP): own.pop(k) for k in entry if k.startswith(GROUP)}
+            if own:
+                optimizer.state[params[name]] = own
+        for group in optimizer.param_groups if self.written else ():
+            for param in group["params"]:
+                group.update(written.get(param, {}))
 
     def write_back(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Put a trained state into the user's own optimizer."""
-        for name, param in self._params.items():
-            if name in state:
-                self.optimizer.state[param] = {k: _private(v) for k, v in state[name].items()}
-            elif name in self.names:
-                self.optimizer.state.pop(param, None)
+        for name in self.names:
+            self.optimizer.state.pop(self._params[name], None)
+        self._load(self.optimizer, self._params, state)
 
 
 class HigherOptimizer:

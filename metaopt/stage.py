@@ -21,7 +21,7 @@ from metaopt.learned import FromMeta
 from metaopt.losses import InnerLoss
 from metaopt.meta_params import AnyMetaParameters, as_given, as_named
 from metaopt.model_structure import ModelStructure
-from metaopt.optimizers import Schedule, UpdateRule, make_optimizer, per_element
+from metaopt.optimizers import Schedule, UpdateRule, attributes, make_optimizer, per_element, with_attributes
 from metaopt.random_state import derived_seed, draw_seed, seeded
 from metaopt.telling import require_arguments, telling
 
@@ -302,7 +302,8 @@ class Stage:
     def twin(self, dtype: torch.dtype) -> Stage:
         """Return an independent copy of this stage in another dtype, with the same data ahead of it."""
         twin = copy.copy(self)
-        twin.model, twin.optimizer = copy.deepcopy((self.model, self.optimizer))
+        twin.model, kept = copy.deepcopy((self.model, attributes(self.optimizer)))
+        twin.optimizer = with_attributes(type(self.optimizer), kept)
         twin.model.to(dtype)
         for module in twin.model.modules():  # transformers' quick kernels of mixtures of experts refuse float64
             chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)

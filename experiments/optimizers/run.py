@@ -11,8 +11,10 @@ and from state that two steps have left ("warm"). `trajectory`: distance of the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
+import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,6 +112,18 @@ OPTIONS: dict[type[torch.optim.Optimizer], tuple[dict[str, Any], ...]] = {
         {"lr": 0.01, "maximize": True},
         {"lr": 0.1, "foreach": True},
     ),
+    metaopt.Muon: (
+        {"lr": 0.03},
+        {"lr": 0.03, "momentum": 0.5, "nesterov": False, "ns_steps": 3, "ns_coefficients": (2.0, -1.5, 0.5)},
+        {"lr": 0.03, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw", "eps": 1e-3},
+        {"lr": 0.03, "use_muon": False, "adamw_betas": (0.5, 0.8), "adamw_eps": 1e-3},
+    ),
+    metaopt.Adafactor: (
+        {"lr": None},
+        {"lr": None, "warmup_init": True, "weight_decay": 0.2, "eps": (1e-30, 3e3)},
+        {"lr": 0.03, "relative_step": False, "scale_parameter": False, "beta1": 0.7, "weight_decay": 0.2},
+        {"lr": 0.03, "relative_step": False, "clip_threshold": 0.5, "decay_rate": -0.5, "eps": (1e-4, 1e-2)},
+    ),
 }
 
 
@@ -164,15 +178,20 @@ class Problem:
 
     def __init__(self, factory: Callable[..., torch.optim.Optimizer], num_steps: int, warm: bool) -> None:
         torch.manual_seed(0)
-        self.num_steps = num_steps
-        self.model = Network().double()
-        self.optimizer = factory(self.model.parameters())
+        self.num_steps, self.factory, self.warm = num_steps, factory, warm
+        self.network = Network().double()
         self.batches = [new_batch(number) for number in range(BATCHES)]
         self.validation = new_batch(0)
         self.weights = metaopt.ExampleWeights(EXAMPLES * BATCHES).double()
         nn.init.normal_(self.weights.logits)
-        if warm:
-            self.train(self.model, self.optimizer, BATCHES)
+
+    def start(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return a model and its optimizer, fresh or used."""
+        model = copy.deepcopy(self.network)
+        optimizer = self.factory(model.parameters())
+        if self.warm:
+            self.train(model, optimizer, BATCHES)
+        return model, optimizer
 
     def train(self, model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
         """Ordinary training."""
@@ -187,7 +206,7 @@ class Problem:
 
     def plain(self, change: Tensor | None = None) -> tuple[nn.Module, float]:
         """Train a copy with the weights' logits moved; return it and its meta-loss."""
-        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        model, optimizer = self.start()
         before = self.weights.logits.data
         self.weights.logits.data = before if change is None else before + change
         self.train(model, optimizer, self.num_steps)
@@ -197,7 +216,7 @@ class Problem:
 
     def unrolled(self, estimator: Estimator) -> tuple[Any, Tensor]:
         """Return metaopt's trained model, and its hypergradient."""
-        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        model, optimizer = self.start()
         stage = metaopt.Stage(model, optimizer, inner_loss, self.batches, self.num_steps, estimator, seed=0)
         trained = metaopt.Chain(only=stage).unroll(self.weights)["only"]
         found = metaopt.hypergradient(self.meta_loss(trained), self.weights)
@@ -211,9 +230,18 @@ class Problem:
         return fine + (fine - rough) / 3
 
 
-def measure(kind: type[torch.optim.Optimizer], options: dict[str, Any], warm: bool) -> Row:
+def measure(kind: type[torch.optim.Optimizer], options: dict[str, Any], warm: bool, name: str = "") -> Row:
     """Return one line of the table."""
-    problem = Problem(functools.partial(kind, **options), steps_of(kind), warm)
+    inner: Any = torch.optim.AdamW if "optimizer" in inspect.signature(kind).parameters else None
+
+    def factory(params: Any) -> torch.optim.Optimizer:
+        with contextlib.redirect_stdout(None):  # some greet
+            optimizer = kind(inner(params, lr=0.03) if inner else params, **options)
+        if hasattr(optimizer, "train"):  # schedule-free ones are switched to training
+            optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
+        return optimizer
+
+    problem = Problem(factory, 8 if name else steps_of(kind), warm)
     expected = dict(problem.plain()[0].named_parameters())
     errors, trajectory = [], 0.0
     for estimator in (Unrolled(), Checkpointed()):
@@ -226,7 +254,7 @@ def measure(kind: type[torch.optim.Optimizer], options: dict[str, Any], warm: bo
             apart = sum(float((trained.params[n] - p).detach().square().sum()) for n, p in expected.items())
             trajectory = (apart / sum(float(p.detach().square().sum()) for p in expected.values())) ** 0.5
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
-    return Row(kind.__name__, shown, "warm" if warm else "cold", trajectory, *errors)
+    return Row(name or kind.__name__, shown, "warm" if warm else "cold", trajectory, *errors)
 
 
 def cases(names: list[str] | None = None) -> Iterator[tuple[type[torch.optim.Optimizer], dict[str, Any], bool]]:
@@ -236,9 +264,48 @@ def cases(names: list[str] | None = None) -> Iterator[tuple[type[torch.optim.Opt
             yield from ((kind, options, warm) for warm in (False, True))
 
 
+OTHERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("lion_pytorch", "Lion", {"lr": 0.01}),
+    ("adabelief_pytorch", "AdaBelief", {"lr": 0.03, "print_change_log": False}),
+    ("adabelief_pytorch", "AdaBelief", {"lr": 0.03, "print_change_log": False, "rectify": False, "eps": 1e-8}),
+    ("pytorch_optimizer", "Lamb", {"lr": 0.03}),
+    ("pytorch_optimizer", "Lamb", {"lr": 0.03, "pre_norm": True}),
+    ("pytorch_optimizer", "AdaBelief", {"lr": 0.03, "eps": 1e-8}),
+    ("pytorch_optimizer", "AdaBelief", {"lr": 0.03, "rectify": True}),
+    ("pytorch_optimizer", "Lookahead", {"k": 3}),
+    ("prodigyopt", "Prodigy", {"lr": 1.0}),
+    ("schedulefree", "AdamWScheduleFree", {"lr": 0.03}),
+    ("schedulefree", "SGDScheduleFree", {"lr": 0.1}),
+    ("transformers", "Adafactor", {}),
+    ("transformers", "Adafactor", {"lr": 0.03, "relative_step": False, "beta1": 0.7, "weight_decay": 0.2}),
+)
+
+
+def others() -> None:
+    """Print what registering optimizers of other packages gives, of those that are installed."""
+    print("| optimizer | options | start | trajectory | hypergradient, Unrolled | hypergradient, Checkpointed |")
+    print("|---|---|---|---|---|---|")
+    for package, name, options in OTHERS:
+        try:
+            cls = getattr(importlib.import_module(package), name)
+        except ImportError:
+            print(f"| {package}.{name} | | not installed | | | |")
+            continue
+        metaopt.register_optimizer(cls)
+        for warm in (False, True):
+            try:
+                print(measure(cls, options, warm, f"{package}.{name}"), flush=True)
+            except metaopt.MetaoptError as error:
+                print(f"| {package}.{name} | {options} | refused: {error} | | | |", flush=True)
+                break
+
+
 def main() -> None:
     """Print the table, as Markdown, and its worst entries."""
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["others"]:
+        others()
+        return
     print("| optimizer | options | start | trajectory | hypergradient, Unrolled | hypergradient, Checkpointed |")
     print("|---|---|---|---|---|---|")
     rows = []

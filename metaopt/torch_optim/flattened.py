@@ -17,18 +17,28 @@ State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of
 
 
 class Flattened:
-    """Several tensors as one: elementwise optimizers take the same step on the concatenation, in fewer calls."""
+    """Several tensors as one: elementwise optimizers take the same step on the concatenation, in fewer calls.
 
-    def __init__(self, names: Sequence[str], params: Tensors) -> None:
-        self.names = names
+    Args:
+        names, params: of the tensors, and what gives their shapes.
+        whole: it is one tensor, whose shape the optimizer sees (but [1] for [], which would be taken for a counter).
+    """
+
+    def __init__(self, names: Sequence[str], params: Tensors, whole: bool = False) -> None:
+        self.names, self._whole = names, whole
         self._shapes = [params[name].shape for name in names]
+        self._is_scalar = whole and not self._shapes[0]
         self._sizes = [shape.numel() for shape in self._shapes]
 
     def join(self, tensors: Mapping[str, Any]) -> Tensor:
+        if self._whole:
+            return tensors[self.names[0]].reshape(1) if self._is_scalar else tensors[self.names[0]]
         parts = [tensors[name].reshape(-1) for name in self.names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, flat: Tensor) -> Tensors:
+        if self._whole:
+            return {self.names[0]: flat.reshape(()) if self._is_scalar else flat}
         parts = zip(self.names, flat.split(self._sizes), self._shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in parts}
 
@@ -49,6 +59,7 @@ class JointStep(Flattened):
     Args:
         names, params: of the parameters, and tensors of their shapes.
         optimizer, function, hyperparameters: as of `torch_step`.
+        whole: as of `Flattened`.
         scales: rates η by name; the step is then `θ + η (θ₁ − θ)` with θ₁ what a step of rate 1 gives.
     """
 
@@ -60,8 +71,9 @@ class JointStep(Flattened):
         function: Any,
         hyperparameters: Mapping[str, Any],
         scales: Mapping[str, Any] | None,
+        whole: bool = False,
     ) -> None:
-        super().__init__(names, params)
+        super().__init__(names, params, whole)
         self._optimizer, self._function, self._hyperparameters = optimizer, function, hyperparameters
         self._scales = None if scales is None else [scales[name] for name in names]
 

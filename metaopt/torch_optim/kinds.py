@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ConfigError, StageError
+from metaopt.torch_optim.adafactor import Adafactor
+from metaopt.torch_optim.muon import Muon
 
 # (param, gradient, its state, the group's hyperparameters) → (param, state), in the graph of all of them
 StepFunction = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], tuple[Tensor, dict[str, Any]]]
@@ -25,7 +27,7 @@ class Kind:
         linear_in_rate: `lr` scales the whole step and nothing else, so that a learned one can enter as that scale.
         elementwise: the step treats every element alike, so that it may be taken on concatenated parameters.
         step: the step as a function; None for the class's own `step()`.
-        is_torch_s: proven by the project's own tests; others are probed when a stage is built.
+        is_proven: proven by the project's own tests; others are probed when a stage is built.
         reasons: hyperparameter → why it cannot be learned.
     """
 
@@ -33,7 +35,7 @@ class Kind:
     linear_in_rate: bool = True
     elementwise: bool = True
     step: StepFunction | None = None
-    is_torch_s: bool = True
+    is_proven: bool = True
     reasons: Mapping[str, str] | None = None
 
 
@@ -52,11 +54,13 @@ SUPPORTED: dict[type[Optimizer], Kind] = {
     torch.optim.ASGD: Kind(
         ("weight_decay",), linear_in_rate=False, reasons=dict.fromkeys(("lr", "lambd", "alpha", "t0"), _OF_ASGD)
     ),
+    Muon: Kind(("lr", "momentum", "weight_decay"), elementwise=False),
+    Adafactor: Kind(("lr", "weight_decay"), linear_in_rate=False, elementwise=False),
 }
 REFUSED = {
     "Rprop": "it follows the sign of the gradient only, so the derivative of its step is zero almost everywhere",
-    "Adafactor": "torch runs its step under no_grad and offers no differentiable one",
-    "Muon": "torch runs its step under no_grad, and orthogonalises in bfloat16",
+    "Adafactor": "torch reads norms out of the graph by .item(); metaopt.Adafactor is differentiable",
+    "Muon": "torch orthogonalises in bfloat16 under no_grad; metaopt.Muon does it in the weights' own dtype",
     "LBFGS": "it evaluates the loss several times per step, in a line search under no_grad",
     "SparseAdam": "it takes sparse gradients, which torch cannot differentiate again",
 }
@@ -81,22 +85,22 @@ def register_optimizer(
     step: StepFunction | None = None,
     *,
     learnable: tuple[str, ...] = (),
-    elementwise: bool = True,
+    elementwise: bool = False,
     counters: tuple[str, ...] = ("step",),
 ) -> None:
     """Let stages train with an optimizer of your own.
 
-    Without `step`, the class's `step()` must honour `differentiable=True` in its `defaults`, as torch's do: run under
-    `torch.set_grad_enabled(self.defaults["differentiable"])`, and compute only in ways that autograd follows.
-    With `step`, that function is the update: `step(param, gradient, state, group) -> (param, state)`, all in the
-    graph, nothing in place. Building a stage takes two steps of it in float64 and compares them with the class's
-    own `step()`, and their derivatives with central differences.
+    Without `step`, the class's own `step()` runs on copies in the graph, its `no_grad` and `.data` overruled unless it
+    has an option `differentiable`, as torch's have. With `step`, that function is the update: `step(param, gradient,
+    state, group) -> (param, state)`, all in the graph, nothing in place. Building a stage takes eight steps in float64
+    and compares them with the class's own `step()`, and their derivatives with central differences.
 
     Args:
         cls: your class.
         step: the update as a function.
         learnable: hyperparameters that may be learned.
-        elementwise: the step treats every element alike; if not, each parameter is stepped by itself.
+        elementwise: the step treats every element alike, so that it may be taken on concatenated parameters, which is
+            quicker; if not, each parameter is stepped by itself.
         counters: state that is 0-dim and the same for all parameters of one age.
 
     Raises:
@@ -104,12 +108,12 @@ def register_optimizer(
     """
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise ConfigError(f"register_optimizer: {cls!r} is not a subclass of torch.optim.Optimizer")
-    if cls in SUPPORTED or getattr(torch.optim, cls.__name__, None) is cls:
+    if cls in SUPPORTED:
+        raise ConfigError(f"register_optimizer: {cls.__name__} is supported as it is; to change it, subclass it")
+    if getattr(torch.optim, cls.__name__, None) is cls:
         raise ConfigError(f"register_optimizer: {cls.__name__} is torch's own; subclass it under a name of your own")
     COUNTERS.update(counters)
-    _registered[cls] = Kind(
-        tuple(learnable), linear_in_rate=False, elementwise=elementwise, step=step, is_torch_s=False
-    )
+    _registered[cls] = Kind(tuple(learnable), linear_in_rate=False, elementwise=elementwise, step=step, is_proven=False)
 
 
 def kind_of(optimizer: Optimizer) -> Kind:
@@ -134,10 +138,11 @@ def kind_of(optimizer: Optimizer) -> Kind:
                 f"{name} cannot train a stage: {reason}; use one of {names}, for example "
                 "functools.partial(torch.optim.AdamW, lr=1e-3)"
             )
+        ours = f"take metaopt.{name}, or " if any(name == known.__name__ for known in (Muon, Adafactor)) else ""
         raise ConfigError(
-            f"{name} is not among the inner optimizers whose hypergradient is proven ({names}). If its step() honours "
-            f"differentiable=True as torch's do, write metaopt.register_optimizer({name}); if not, give its update as "
-            f"a function: metaopt.register_optimizer({name}, step=...)"
+            f"{name} is not among the inner optimizers whose hypergradient is proven ({names}); {ours}write "
+            f"metaopt.register_optimizer({name}), which tries it out, or give its update as a function: "
+            f"metaopt.register_optimizer({name}, step=...)"
         )
     hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
     if hooks:

@@ -10,10 +10,12 @@ import copy
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -30,6 +32,8 @@ class TrackedFloat(float):
     tensor: Tensor
 
     def __new__(cls, tensor: Tensor) -> TrackedFloat:
+        if isinstance(tensor, TrackedFloat):
+            return tensor
         number = super().__new__(cls, tensor.detach().item())
         number.tensor = tensor.reshape(()).double()
         return number
@@ -99,6 +103,24 @@ class _Sqrt(torch.autograd.Function):
         return None if grads[0] is None else torch.where(root == 0, 0.0, grads[0] / (2 * root))
 
 
+class _Rsqrt(torch.autograd.Function):
+    """1/√x whose backward does not overflow: at x = 1e-30 in float32 the slope is infinite, and 0 · ∞ is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        root = x.rsqrt()
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        (root,) = ctx.saved_tensors
+        return None if grads[0] is None else torch.where(grads[0] == 0, 0.0, -0.5 * grads[0] * root**3)
+
+
+_ROOTS = {"sqrt": _Sqrt, "rsqrt": _Rsqrt}
+
 # What torch calls an operation → which formula; a trailing underscore is in place.
 _OPERATIONS = {
     **{name: name.strip("_") for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow", "pow_")},
@@ -130,17 +152,33 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
 class _StayInGraph(TorchFunctionMode):
     """Repairs of a torch optimizer's step that are the same for every optimizer.
 
-    `sqrt` has slope 0 at 0. `detach` (SGD's first momentum buffer) keeps the graph. 0-dim state (`step`, NAdam's
+    `sqrt` has slope 0 at 0, `rsqrt` does not overflow. `detach` (SGD's first momentum buffer) keeps the graph. 0-dim
+    state (`step`, NAdam's
     `mu_product`) is kept in torch's dtype and read in float64, since torch's own non-differentiable step computes with
     `.item()`. A `TrackedFloat` is replaced by its tensor.
+
+    Args:
+        forced: for a step that knows nothing of `differentiable`: its `no_grad` and `.data` are overruled.
     """
+
+    def __init__(self, forced: bool = False) -> None:
+        super().__init__()
+        self._forced = forced
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in ("sqrt", "sqrt_") and args[0].requires_grad:
-            root = _Sqrt.apply(args[0].clone() if name == "sqrt_" else args[0])
-            return args[0].copy_(root) if name == "sqrt_" else root
+        if self._forced and func is torch._C._set_grad_enabled:
+            return None
+        if self._forced and func == _GET_DATA:
+            return args[0]
+        if self._forced and func == _SET_DATA:
+            return args[0].copy_(args[1])
+        if self._forced and isinstance(kwargs.get("out"), Tensor):
+            return kwargs["out"].copy_(func(*args, **{k: v for k, v in kwargs.items() if k != "out"}))
+        if name.strip("_") in _ROOTS and args[0].requires_grad:
+            root = _ROOTS[name.strip("_")].apply(args[0].clone() if name.endswith("_") else args[0])
+            return args[0].copy_(root) if name.endswith("_") else root
         if name == "detach":
             return args[0].view_as(args[0])
         learned = any(isinstance(value, TrackedFloat) for value in (*args, *kwargs.values()))
@@ -155,7 +193,14 @@ class _StayInGraph(TorchFunctionMode):
             return _operate(name, args, kwargs)
         if name.endswith("_") and not name.endswith("__"):
             return func(args[0], *map(_read, args[1:]), **kwargs)
-        return func(*map(_read, args), **kwargs)
+        found = func(*map(_read, args), **kwargs)
+        is_rate = _OPERATIONS[name] == "mul" and any(isinstance(value, (int, float)) for value in args)
+        if self._forced and is_rate and found.dim() == 0 and found.requires_grad:
+            return TrackedFloat(found)  # made of a norm, and handed to `alpha=`
+        return found
+
+
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _operate(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -177,15 +222,34 @@ def _kept(value: Any) -> Any:
     return _read(value).clone() if isinstance(value, Tensor) else value
 
 
+def attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return all that an optimizer keeps on itself; `step` is there if a scheduler has wrapped the user's own."""
+    return {k: v for k, v in vars(optimizer).items() if k != "step"}
+
+
+def with_attributes(cls: type[Optimizer], kept: Mapping[str, Any]) -> Optimizer:
+    """Return an optimizer without running its constructor; `copy` would lose all but state, groups and defaults."""
+    made = cls.__new__(cls)
+    made.__dict__.update(kept)
+    return made
+
+
 def shallow(optimizer: Optimizer, groups: list[dict[str, Any]], differentiable: bool = False) -> Optimizer:
     """Return an optimizer of the same class over other groups, without running its constructor."""
-    other = copy.copy(optimizer)
+    other = with_attributes(type(optimizer), attributes(optimizer))
     other.state = defaultdict(dict)
     other.param_groups = groups
-    other.defaults = {**optimizer.defaults, "differentiable": differentiable}
+    asked = {"differentiable": differentiable} if honours_differentiable(optimizer) else {}
+    other.defaults = {**optimizer.defaults, **asked}
     return other
 
 
+def honours_differentiable(optimizer: Optimizer) -> bool:
+    """Whether the class has the option `differentiable`, as torch's do; if not, its `no_grad` is overruled."""
+    return "differentiable" in optimizer.defaults
+
+
+GROUP = "group."  # state of this prefix is what a step has written into its group
 _PERFORMANCE = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
 
 
@@ -208,12 +272,19 @@ def torch_step(
     if function is not None:
         with _StayInGraph():
             return function(param, gradient, state, hyperparameters)
+    honours = honours_differentiable(optimizer)
     param = param.clone()
-    param.grad = gradient
+    param.grad = gradient if honours else gradient.clone()
     group = {k: _PERFORMANCE.get(k, v) for k, v in hyperparameters.items()}
+    copies = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+    group |= {k.removeprefix(GROUP): copies.pop(k) for k in state if k.startswith(GROUP)}
     stepper = shallow(optimizer, [{**group, "params": [param]}], differentiable=True)
-    if state:  # copies, which the step may change in place
-        stepper.state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-    with _StayInGraph():
+    if copies:  # which the step may change in place
+        stepper.state[param] = copies
+    # what autograd has saved may be changed in place too
+    saving = nullcontext() if honours else saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
+    with _StayInGraph(forced=not honours), saving:
         stepper.step()
-    return param, dict(stepper.state[param])
+    after = {GROUP + k: v for k, v in stepper.param_groups[0].items() if k != "params"}
+    written = {k: v for k, v in after.items() if k in state or k.removeprefix(GROUP) not in group}
+    return param, {**stepper.state[param], **written}
