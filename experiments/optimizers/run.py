@@ -2,6 +2,7 @@
 
     python experiments/optimizers/run.py             # the whole table; about a minute on one core
     python experiments/optimizers/run.py NAdam RAdam # some optimizers
+    python experiments/optimizers/run.py others      # optimizers of other packages, of those that are installed
 
 One small network in float64, one stage of inner steps, one weight per example; every optimizer starts fresh ("cold")
 and from state that two steps have left ("warm"). `trajectory`: distance of the trained weights from those that plain
@@ -277,7 +278,7 @@ OTHERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("schedulefree", "AdamWScheduleFree", {"lr": 0.03}),
     ("schedulefree", "SGDScheduleFree", {"lr": 0.1}),
     ("transformers", "Adafactor", {}),
-    ("transformers", "Adafactor", {"lr": 0.03, "relative_step": False, "beta1": 0.7, "weight_decay": 0.2}),
+    ("transformers", "Adafactor", {"lr": 0.02, "relative_step": False, "beta1": 0.7, "weight_decay": 0.2}),
 )
 
 
