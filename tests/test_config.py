@@ -70,7 +70,7 @@ def test_the_number_of_config_files() -> None:
         "meta_params": 13,
         "model": 12,
         "objective": 5,
-        "optimizer": 13,
+        "optimizer": 15,
         "product": 3,
         "schedule": 6,
         "stage": 3,

@@ -42,12 +42,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"lr": 0.01, "eps": 1e-2, "weight_decay": 0.1, "momentum": 0.8, "centered": True},
     ],
     "ASGD": [{"lr": 0.1, "weight_decay": 0.1}],
+    "Muon": [{"lr": 0.03, "adamw_eps": 1e-2}],
+    "Adafactor": [{"lr": 0.03, "relative_step": False, "weight_decay": 0.1, "eps": (1e-4, 1e-3)}],
 }
+KINDS = {kind.__name__: kind for kind in SUPPORTED}
 CASES = {
     f"{name}{i}.{key}": (name, options, key)
     for name, variants in OPTIONS.items()
     for i, options in enumerate(variants)
-    for key in SUPPORTED[getattr(torch.optim, name)].learnable
+    for key in SUPPORTED[KINDS[name]].learnable
     if not (key == "dampening" and "dampening" not in options)
 }
 
@@ -78,14 +81,14 @@ def initial_value(optimizer: Any, key: str) -> Any:
 
 
 def test_the_table_covers_every_supported_optimizer():
-    assert set(OPTIONS) == {kind.__name__ for kind in SUPPORTED}
+    assert set(OPTIONS) == set(KINDS)
 
 
 @pytest.mark.usefixtures("float64_counters")
 @pytest.mark.parametrize("case", CASES)
 def test_every_hyperparameter_that_can_be_learned(case):
     name, options, key = CASES[case]
-    optimizer = functools.partial(getattr(torch.optim, name), **options)
+    optimizer = functools.partial(KINDS[name], **options)
     meta_params = learning(metaopt.LearnedHyperparameters(**{key: initial_value(optimizer, key)}))
     recipe = Recipe(
         optimizer,

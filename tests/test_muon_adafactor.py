@@ -1,4 +1,4 @@
-"""Muon and Adafactor against the optimizers whose formulas they are: torch.optim's Muon and AdamW, transformers' Adafactor.
+"""Muon and Adafactor against the optimizers whose formulas they are: torch's Muon and AdamW, transformers' Adafactor.
 
 Cold, warm, Unrolled and Checkpointed are in the table of `test_differentiable_optimizers.py`.
 """
@@ -12,6 +12,7 @@ import library
 import pytest
 import torch
 import transformers
+from differences import difference_error
 from problems import small_network
 from reference import relative_error
 from torch import nn
@@ -101,8 +102,6 @@ def test_every_store_and_product_gives_the_same_hypergradient(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_a_learned_rate_is_differentiated_at_0_too(name):
-    from differences import difference_error
-
     problem = small_network(BOTH[name]).with_stage("only", overrides=lambda phi, t: {"lr": t * phi.values[0] / 10})
     assert difference_error(library.hypergradient(problem), problem, num_random=1) < 1e-8
 
@@ -116,7 +115,7 @@ def test_rows_without_gradient_give_no_nan_in_float32(name):
         chain = library.as_chain(exact).twin(dtype)
         phi = copy.deepcopy(exact.phi).to(dtype)
         batch = {k: v.to(dtype) for k, v in exact.batch.items()}
-        loss = exact.objective({n: m for n, m in chain.unroll(phi).items()}, batch, phi)
+        loss = exact.objective(chain.unroll(phi), batch, phi)
         found[dtype] = metaopt.hypergradient(loss, phi)
     assert relative_error({n: g.double() for n, g in found[torch.float32].items()}, found[torch.float64]) < 1e-3
 

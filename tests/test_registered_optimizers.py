@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from typing import ClassVar
 
 import library
 import pytest
@@ -137,7 +138,7 @@ class CountingInItsClass(CountingItself):
 class CountingByParameter(CountingItself):
     """The count is in a mapping, and changed in place."""
 
-    counts: defaultdict = defaultdict(int)
+    counts: ClassVar = defaultdict(int)
 
     def begin(self, group):
         self.counts["steps"] += 1
