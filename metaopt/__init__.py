@@ -65,6 +65,7 @@ _PUBLIC = {
     "Neumann": "estimators",
     "NonFiniteError": "errors",
     "OneStep": "estimators",
+    "PipelineLoss": "objectives",
     "PrintLogger": "loggers",
     "Product": "estimators",
     "Selection": "trainer",
@@ -177,6 +178,7 @@ if TYPE_CHECKING:
     from metaopt.mixed import mixed_vjp as mixed_vjp
     from metaopt.objectives import Entropy as Entropy
     from metaopt.objectives import MetaObjective as MetaObjective
+    from metaopt.objectives import PipelineLoss as PipelineLoss
     from metaopt.objectives import Sparsity as Sparsity
     from metaopt.objectives import SumOfObjectives as SumOfObjectives
     from metaopt.objectives import SurrogateLoss as SurrogateLoss

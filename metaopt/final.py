@@ -13,6 +13,8 @@ from metaopt.chain import Chain, TrainedChain
 from metaopt.data.bundle import DataBundle
 from metaopt.meta_params import AnyMetaParameters, as_named
 from metaopt.objectives import ValidationLoss
+from metaopt.pipeline import as_trained
+from metaopt.random_state import seeded
 from metaopt.trainer import MetaTrainer
 
 FEWEST = 10  # meta-steps of which a trend is told
@@ -74,9 +76,9 @@ def retrain(
 def scored(
     chain: Chain, trained: TrainedChain, stage: str, score: Callable[..., Mapping[str, float]], batches: Iterable[Any]
 ) -> dict[str, float]:
-    """Return the metrics of one trained stage on a stream."""
-    with torch.no_grad():
-        return dict(score(trained[stage], [chain.move(batch) for batch in batches]))
+    """Return the metrics of one trained stage on a stream, fed as it was in training."""
+    with torch.no_grad(), seeded(0):  # a hand-over may sample what the stage reads
+        return dict(score(as_trained(trained, stage), [chain.move(batch) for batch in batches]))
 
 
 def doubts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import higher
@@ -21,6 +22,45 @@ Tensors = dict[str, Tensor]
 Call = Callable[[Mapping[str, Tensor], Tensors, bool, Any, Any], Any]
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a model was trained, for whoever uses it as it was.
+
+    Args:
+        stage: its name.
+        loss: what it minimised.
+        step: inner steps since its start or last reset.
+        read: of each way in which the loss called it, the names of the tensors that it read.
+    """
+
+    stage: str
+    loss: Any
+    step: int
+    read: set[frozenset[str]]
+
+    def warn_of_others(self, kwargs: Mapping[str, Any]) -> None:
+        """Warn, once for the same names, if a call lacks what every call in training had."""
+        now = names_read(kwargs)
+        made = {"decoder_input_ids"} if "labels" in kwargs else set()  # by the model itself
+        if not now or not self.read or any(names <= now | made for names in self.read):
+            return
+        before = " or ".join(sorted(", ".join(sorted(names)) for names in self.read))
+        self.read.add(now)
+        warnings.warn(
+            f"stage {self.stage!r} read {before} in training and reads {', '.join(sorted(now))} now: inputs that it "
+            f"never saw. Feed it as in training: metaopt.PipelineLoss({self.stage!r}), objective=pipeline (a loss of "
+            "your own makes the student's inputs in student_inputs(...) of a metaopt.FromUpstream)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def names_read(kwargs: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the tensors that a model reads, but for labels and masks, which say nothing themselves."""
+    tensors = {name for name, value in kwargs.items() if isinstance(value, Tensor)}
+    return frozenset(name for name in tensors if name != "labels" and not name.endswith("_mask"))
+
+
 class FunctionalModel:
     """A model as a function of its weights: `f(inputs; params, buffers)`, called like the module it stands for.
 
@@ -30,8 +70,7 @@ class FunctionalModel:
         buffers: name → tensor; a call works on clones and never changes them.
         training: the mode in which a call runs; `train()` and `eval()` give a view in the other one.
         optimizer_state: name → the inner optimizer's state of that parameter, detached.
-
-    Inside an inner loss, `step` counts the inner steps that the stage has taken since its start or last reset.
+        trained: how it was trained; None of a model that is in training, or was not trained here.
     """
 
     def __init__(
@@ -43,6 +82,7 @@ class FunctionalModel:
         training: bool = False,
         optimizer_state: Mapping[str, Mapping[str, Any]] | None = None,
         call: Call | None = None,
+        trained: Training | None = None,
     ) -> None:
         self._structure = structure
         self._call = call or structure.call
@@ -50,8 +90,11 @@ class FunctionalModel:
         self.buffers = buffers
         self.training = training
         self.optimizer_state = dict(optimizer_state or {})
+        self.trained = trained
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.trained is not None and not args:
+            self.trained.warn_of_others(kwargs)
         return self._call(self.params, self._call_buffers(), self.training, args, kwargs)
 
     @property
@@ -61,8 +104,8 @@ class FunctionalModel:
 
     @property
     def step(self) -> int:
-        """Inner steps before this one, of the model in training; 0 of a trained model."""
-        return 0
+        """Inner steps that its stage has taken since its start or last reset; in training, before this one."""
+        return 0 if self.trained is None else self.trained.step
 
     def _call_buffers(self) -> Tensors:
         if self._structure.unsaid and not self.training and torch.is_grad_enabled():
@@ -105,9 +148,10 @@ class FunctionalModel:
     def _with(
         self, params: Mapping[str, Tensor], training: bool | None = None, buffers: Tensors | None = None
     ) -> FunctionalModel:
-        mode, state = self.training if training is None else training, self.optimizer_state
+        mode = self.training if training is None else training
         buffers = self.buffers if buffers is None else buffers
-        return FunctionalModel(self._structure, params, buffers, training=mode, optimizer_state=state)
+        beside: dict[str, Any] = {"optimizer_state": self.optimizer_state, "trained": self.trained}
+        return FunctionalModel(self._structure, params, buffers, training=mode, **beside)
 
 
 class Models(dict[str, FunctionalModel]):
@@ -121,6 +165,12 @@ class InnerModel(FunctionalModel):
     """The model inside its own inner step: in train mode, and its calls move `buffers` (batch-norm statistics)."""
 
     read_step: Callable[[], int] = staticmethod(lambda: 0)
+    read: set[frozenset[str]] | None = None  # the names of what it reads are added here
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.read is not None and not args:
+            self.read.add(names_read(kwargs))
+        return super().__call__(*args, **kwargs)
 
     @property
     def step(self) -> int:

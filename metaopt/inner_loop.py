@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.errors import NonFiniteError, StageError
-from metaopt.functional import Call, FunctionalModel, InnerModel, Models
+from metaopt.functional import Call, FunctionalModel, InnerModel, Models, Training
 from metaopt.graphs import foreign_parameters
 from metaopt.guards import naming_inference_tensors, refuse_recomputation, refuse_single_derivative
 from metaopt.losses import InnerLoss, require_scalar
@@ -63,6 +63,7 @@ class InnerLoop:
         offset, total: steps of the training before these and in all, where it is run in parts; for messages.
         owners: `id` → name of every parameter of the chain's own modules.
         beside: what the loss has read that differs from step to step and is no tensor.
+        read: the names of the tensors with which the loss of the first step has called the model.
     """
 
     name: str
@@ -82,6 +83,7 @@ class InnerLoop:
     total: int | None = None
     owners: Mapping[int, str] = field(default_factory=dict)
     beside: set[str] = field(default_factory=set)
+    read: set[frozenset[str]] = field(default_factory=set)
     _read: tuple[AnyMetaParameters, Upstream] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -135,6 +137,7 @@ class InnerLoop:
         moved, given = dict(own), as_given(meta_params)
         model = InnerModel(self.structure, params, moved, training=True, call=call)
         model.read_step = functools.partial(self._read_step, t)
+        model.read = self.read if t == 0 else None
         micro = self.batches[t] if batches is None else batches
         telling_loss = telling(lambda: self._said_of_loss(t, micro))
         with telling_loss, naming_inference_tensors(self.name), seeded(self.seeds[t], self.device), self.casting():
@@ -215,8 +218,13 @@ class InnerLoop:
         values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
         self._require_finite({"an inner loss": values, **{f"parameter {name!r}": p for name, p in params.items()}})
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
-        model = FunctionalModel(self.structure, {**self.frozen, **params}, buffers, optimizer_state=detached)
+        model = self.trained_model({**self.frozen, **params}, buffers, detached)
         return InnerResult(model, values, self.num_steps)
+
+    def trained_model(self, params: Tensors, buffers: Tensors, state: State) -> FunctionalModel:
+        """Return the model that this loop ends with."""
+        trained = Training(self.name, self.loss, self.first_step + self.num_steps, self.read)
+        return FunctionalModel(self.structure, params, buffers, optimizer_state=state, trained=trained)
 
     def run_without_graph(
         self,

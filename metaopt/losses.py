@@ -168,6 +168,19 @@ class FromUpstream(InnerLoss):
         """Return the upstream model that this loss learns from."""
         return find_upstream(upstream, self.upstream, type(self).__name__)
 
+    def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
+        """Return what the student reads of a batch, and the upstream model's output that it was made from, if any.
+
+        The batch as it is, unless a subclass makes something else of it, in the graph. Training, `PipelineLoss` and
+        scoring all ask here, so that the student always reads what it was trained on.
+
+        Args:
+            model: the student.
+            batch: of any stream, or only the inputs in it.
+            upstream: name → trained model of the earlier stages.
+        """
+        return model_inputs(batch, model), None
+
     def taught(self, upstream: Upstream, batch: Batch, **options: Any) -> Any:
         """Return what the upstream model says to a batch, in the graph."""
         teacher = self.teacher(upstream)
@@ -262,14 +275,18 @@ class HiddenStates(FromUpstream):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
+        inputs, taught = self.student_inputs(model, batch, upstream)
+        return soft_label_loss(logits_of(model(**inputs)), logits_of(taught), batch.get("labels"), self.temperature)
+
+    def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
+        """Return the batch with the teacher's hidden states in place of the decoder's tokens."""
         taught = self.taught(upstream, batch, output_hidden_states=True)
         states = getattr(taught, "decoder_hidden_states", None)
         if states is None:
             raise StageError("HiddenStates: the upstream model returns no decoder_hidden_states; use Distillation")
         inputs = model_inputs({**batch, "decoder_inputs_embeds": states[-1]}, model)
         inputs.pop("decoder_input_ids", None)
-        output = model(**inputs)
-        return soft_label_loss(logits_of(output), logits_of(taught), batch.get("labels"), self.temperature)
+        return inputs, taught
 
 
 class HardLabels:

@@ -14,6 +14,7 @@ from metaopt.errors import ConfigError, did_you_mean
 from metaopt.functional import FunctionalModel
 from metaopt.losses import IGNORED, aligned_labels, label_losses, logits_of, mean_over_positions, model_inputs
 from metaopt.meta_params import AnyMetaParameters, select
+from metaopt.pipeline import as_trained
 from metaopt.telling import described, taken_by, telling
 
 Trained = Mapping[str, FunctionalModel]
@@ -61,7 +62,23 @@ class ValidationLoss(MetaObjective):
         self.reads = (stage,)
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        return mean_over_positions(*label_losses(_stage_of(self, trained, batch), batch)).mean()
+        return mean_over_positions(*label_losses(trained[_stage_of(self, trained, batch)], batch)).mean()
+
+
+class PipelineLoss(ValidationLoss):
+    """Mean cross-entropy of one trained stage on validation data, its inputs made as they were in training.
+
+    Where the stage's hand-over feeds it with something of an earlier stage's (`FromUpstream.student_inputs`), so does
+    this, in the graph of both models, with what the earlier stages make of the validation batch; elsewhere it is
+    `ValidationLoss`.
+
+    Args:
+        stage: its name.
+    """
+
+    def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
+        model = as_trained(trained, _stage_of(self, trained, batch))
+        return mean_over_positions(*label_losses(model, batch)).mean()
 
 
 class SurrogateLoss(MetaObjective):
@@ -83,7 +100,7 @@ class SurrogateLoss(MetaObjective):
         self.reads = (stage,)
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        model = _stage_of(self, trained, batch)
+        model = trained[_stage_of(self, trained, batch)]
         return self.surrogate(logits_of(model(**model_inputs(batch, model))), aligned_labels(model, batch["labels"]))
 
 
@@ -155,7 +172,7 @@ class Sparsity(MetaObjective):
         return _all_weights(self, meta_params).abs().mean()
 
 
-def _stage_of(objective: Any, trained: Trained, batch: Any) -> FunctionalModel:
+def _stage_of(objective: Any, trained: Trained, batch: Any) -> str:
     stage = objective.stage
     if stage not in trained:
         raise ConfigError(f"{type(objective).__name__}: no stage {stage!r}{did_you_mean(stage, trained)}")
@@ -164,7 +181,7 @@ def _stage_of(objective: Any, trained: Trained, batch: Any) -> FunctionalModel:
             f"{type(objective).__name__} reads batch['labels'], which the validation batch lacks (it has: "
             f"{', '.join(batch)}); give it labels, or write a MetaObjective of your own"
         )
-    return trained[stage]
+    return stage
 
 
 def _all_weights(objective: Any, meta_params: AnyMetaParameters) -> Tensor:

@@ -27,6 +27,7 @@ from metaopt.errors import with_note
 from metaopt.final import doubts, retrain, scored, weight_quality, weights_of
 from metaopt.meta_params import baseline, named_tensors, summary
 from metaopt.objectives import MetaObjective
+from metaopt.pipeline import as_trained
 from metaopt.progress import progress_bar
 from metaopt.tracking import RunFolder
 from metaopt.trainer import MetaResult, MetaTrainer
@@ -183,7 +184,7 @@ class Run:
         else:
             self.scores[name] = {"loss": self.trainer.mean_loss(trained, data.test)}
         if data.answers is not None:
-            answers[name] = data.answers(trained[stage], data.test, NUM_ANSWERS)
+            answers[name] = data.answers(as_trained(trained, stage), data.test, NUM_ANSWERS)
 
     def _show_weights(self) -> None:
         if not self.trainer.learns:

@@ -48,12 +48,17 @@ class ExpectedEmbeddings(FromUpstream):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        inputs = model_inputs(batch, model)
+        inputs, target = self.student_inputs(model, batch, upstream)
+        labels = aligned_labels(model, batch.get("labels"))
+        return soft_label_loss(logits_of(model(**inputs)), target, labels, self.temperature)
+
+    def student_inputs(
+        self, model: FunctionalModel, batch: Any, upstream: Upstream
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the batch with expected embeddings in place of tokens, and the teacher's logits."""
         target = logits_of(self.taught(upstream, batch))
         tokens = (target / self.temperature).softmax(-1)
-        output = model(**with_soft_tokens(model, inputs, tokens, self.shift))
-        labels = aligned_labels(model, batch.get("labels"))
-        return soft_label_loss(logits_of(output), target, labels, self.temperature)
+        return with_soft_tokens(model, model_inputs(batch, model), tokens, self.shift), target
 
     def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
         """Say so where the teacher's tokens are not the student's."""
@@ -97,17 +102,23 @@ class GumbelSamples(FromUpstream):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        inputs = model_inputs(batch, model)
-        step = model.step if callable(self.temperature) else 0  # asked only if it matters: it differs from step to step
-        sample = self.sample(logits_of(self.taught(upstream, batch)), step)
-        fed = inputs if sample.dim() == 2 else with_soft_tokens(model, inputs, sample, self.shift)
-        log_q = logits_of(model(**fed)).log_softmax(-1)
+        inputs, sample = self.student_inputs(model, batch, upstream)
+        log_q = logits_of(model(**inputs)).log_softmax(-1)
         if log_q.shape != sample.shape:
             raise StageError(
                 f"the student's logits have shape {list(log_q.shape)}, the teacher's {list(sample.shape)}: samples "
                 "need the same classes (vocabulary) and the same positions for both"
             )
         return mean_over_positions(-(sample * log_q).sum(-1), counted(model, batch)).mean()
+
+    def student_inputs(
+        self, model: FunctionalModel, batch: Any, upstream: Upstream
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the batch, with a sample in place of tokens where it is a sequence, and the sample."""
+        inputs = model_inputs(batch, model)
+        step = model.step if callable(self.temperature) else 0  # asked only if it matters: it differs from step to step
+        sample = self.sample(logits_of(self.taught(upstream, batch)), step)
+        return inputs if sample.dim() == 2 else with_soft_tokens(model, inputs, sample, self.shift), sample
 
     def sample(self, logits: Tensor, step: int) -> Tensor:
         """Return a sample for each position [..., V], at the temperature of this inner step."""

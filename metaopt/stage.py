@@ -97,6 +97,7 @@ class Stage:
             raise ConfigError(f"Stage: seed={seed} must not be negative")
         self.seed = draw_seed() if seed is None else seed
         self._steps, self._schedule_steps, self._resets = 0, 0, 0
+        self._read: set[frozenset[str]] = set()  # see `Training`
         self._factory = None if isinstance(model, nn.Module) else model
         self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model()
         refuse_unusable(self.model, "Stage")
@@ -163,6 +164,7 @@ class Stage:
             first_step=self._schedule_steps,
             initial=self.initial,
             owners=owners,
+            read=self._read,
         )
 
     @property

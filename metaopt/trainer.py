@@ -24,6 +24,7 @@ from metaopt.errors import ConfigError, MissingPathError, NonFiniteError, did_yo
 from metaopt.losses import require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.objectives import MetaObjective, evaluate
+from metaopt.pipeline import as_trained
 from metaopt.progress import progress_bar
 from metaopt.random_state import derived_seed, draw_seed, seeded
 from metaopt.ranges import check_counts
@@ -236,7 +237,7 @@ class MetaTrainer:
             if selection.score is None or selection.metric is None:
                 loss = self.mean_loss(trained, batches)
                 return {"loss": loss}, loss, math.isfinite(loss) and (best is None or loss < best)
-            metrics = selection.score(trained[selection.stage], batches)
+            metrics = selection.score(as_trained(trained, selection.stage), batches)
         if selection.metric not in metrics:
             raise ConfigError(f"selection: no metric {selection.metric!r}{did_you_mean(selection.metric, metrics)}")
         score = metrics[selection.metric]

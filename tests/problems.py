@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -244,18 +245,25 @@ def distilled_features(
 
 
 def fed_with_hidden_states() -> Problem:
-    """BERT2BERT → BERT2BERT whose decoder reads the teacher's last hidden states instead of tokens."""
+    """BERT2BERT → BERT2BERT whose decoder reads the teacher's last hidden states instead of tokens, in training and on
+    validation data."""
     problem = distilled_text(MOMENTUM, ADAM)
 
-    def fed(model: Any, batch: Tensors, phi: Any, upstream: Any) -> Tensor:
+    def answers(model: Any, batch: Tensors, teacher: Any) -> tuple[Tensor, Tensor]:
         inputs = inputs_of(batch)
-        taught = upstream["teacher"](**inputs, output_hidden_states=True)
+        taught = teacher(**inputs, output_hidden_states=True)
         del inputs["decoder_input_ids"]
-        log_q = model(**inputs, decoder_inputs_embeds=taught.decoder_hidden_states[-1]).logits.log_softmax(-1)
-        log_p = taught.logits.log_softmax(-1)
+        return model(**inputs, decoder_inputs_embeds=taught.decoder_hidden_states[-1]).logits, taught.logits
+
+    def fed(model: Any, batch: Tensors, phi: Any, upstream: Any) -> Tensor:
+        log_q, log_p = (z.log_softmax(-1) for z in answers(model, batch, upstream["teacher"]))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    return problem.with_stage("student", loss=fed)
+    def objective(trained: Any, batch: Tensors, phi: Any) -> Tensor:
+        logits, _ = answers(trained["student"], batch, trained["teacher"])
+        return cross_entropy(logits, batch["labels"]).mean()
+
+    return replace(problem.with_stage("student", loss=fed), objective=objective)
 
 
 def probed_text() -> Problem:

@@ -100,7 +100,9 @@ def cross_entropy(model: Any, batch: Batch, meta_params: Any, upstream: Any) -> 
 def trained_model(model: nn.Module, batch: Any, optimizer: Any = ADAM, num_steps: int = 2) -> Any:
     """The trained model after a few steps on one batch."""
     chain = one_stage(metaopt.CrossEntropy(), [batch], model=model, optimizer=optimizer, num_steps=num_steps)
-    return chain.unroll(example_weights())["only"]
+    trained = chain.unroll(example_weights())["only"]
+    trained.trained = None  # what it read in training is of no matter where it is only a model to be called
+    return trained
 
 
 def plain_copy(model: nn.Module, fast: Any) -> nn.Module:

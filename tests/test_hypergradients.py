@@ -81,7 +81,7 @@ def test_hidden_states_loss_is_what_it_says():
     problem = fed_with_hidden_states()
     losses = {"teacher": metaopt.WeightedLoss(), "student": metaopt.HiddenStates()}
     chain = library.as_chain(problem, losses)
-    found = library.hypergradient(problem, chain, metaopt.ValidationLoss("student"))
+    found = library.hypergradient(problem, chain, metaopt.PipelineLoss("student"))
     assert relative_error(found, hypergradient(problem)) < EXACT
 
 

@@ -195,7 +195,7 @@ class _StageReader:
     def _model(self, loop: InnerLoop, steps: PlainSteps) -> FunctionalModel:
         weights = {name: weight.requires_grad_() for name, weight in steps.weights().items()}
         self.leaves.add("stage", weights, self.name)
-        return FunctionalModel(loop.structure, {**loop.frozen, **weights}, steps.buffers, optimizer_state=steps.state())
+        return loop.trained_model({**loop.frozen, **weights}, steps.buffers, steps.state())
 
 
 def _read_objective(

@@ -21,7 +21,7 @@ from metaopt.estimators.products.base import Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.stores import Kept, StepRecord, Tape
 from metaopt.estimators.update_vjp import Below, add, update_vjp
-from metaopt.functional import FunctionalModel, Models
+from metaopt.functional import Models
 from metaopt.graphs import graph_leaves
 from metaopt.guards import refuse_second_derivative
 from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
@@ -77,8 +77,7 @@ class Sweep:
         outputs = _Stage.apply(self, result, len(names), *start.values(), *self.others.values())
         done = result[0]
         params = {**done.model.params, **dict(zip(names, outputs, strict=True))}
-        state, buffers = done.model.optimizer_state, done.model.buffers
-        done.model = FunctionalModel(loop.structure, params, buffers, optimizer_state=state)
+        done.model = done.model._with(params)
         return done
 
     # --- forward ------------------------------------------------------------------------------------------------

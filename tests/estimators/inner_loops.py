@@ -160,6 +160,11 @@ def decoded(estimator: Estimator | None) -> Work:
     return Work(chain, weights, lambda trained: objective(trained, text_batch(2), weights))
 
 
+def through_the_teacher() -> Problem:
+    """BERT2BERT → BERT2BERT, the student reading what the teacher makes of the validation batch."""
+    return replace(problems.distilled_text(), objective=metaopt.PipelineLoss("student"))
+
+
 def warm(kind: str, **options: Any) -> Make:
     """An optimizer with state that earlier steps have left."""
     steps = 5 if kind == "RAdam" else 3
@@ -218,7 +223,7 @@ LOSSES: dict[str, Make] = {
     "hidden states": of_problem(problems.fed_with_hidden_states, {"student": metaopt.HiddenStates()}),
     "probed hidden states": of_problem(problems.probed_text),
     "decoded": decoded,
-    "expected embeddings": of_problem(problems.distilled_text, {"student": metaopt.ExpectedEmbeddings()}),
+    "expected embeddings": of_problem(through_the_teacher, {"student": metaopt.ExpectedEmbeddings()}),
     "Gumbel samples": of_problem(features, {"student": metaopt.GumbelSamples(temperature=0.7, straight_through=False)}),
     "straight-through samples": of_problem(features, {"student": metaopt.GumbelSamples()}),
     "augmentation": of_problem(features, {"teacher": noise}, metaopt.GaussianNoise),
