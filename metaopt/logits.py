@@ -190,6 +190,8 @@ def label_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     Also where a causal model predicts label t at position t − 1, its loss stands at t: so does the weight of a label.
     """
     logits = logits_of(model(**model_inputs(batch, model)))
+    if "labels" not in batch:
+        raise ConfigError(f"the batch holds no labels to compare logits with (it has: {', '.join(batch)})")
     labels = aligned_labels(model, batch["labels"])
     losses, counts = cross_entropies(logits, labels)
     return (losses, counts) if labels is batch["labels"] else (losses.roll(1, -1), counts.roll(1, -1))

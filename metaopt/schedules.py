@@ -52,7 +52,7 @@ class Schedule:
     def at(self, step: int) -> dict[str, list[Any]]:
         """Return the hyperparameters of the given step as overrides, one value per group."""
         while len(self._values) <= step:
-            self._shadow._opt_called = True  # else torch warns; a step could write into the groups that are read
+            self._shadow.__dict__["_opt_called"] = True  # else torch warns; a step could write into the groups
             try:
                 self._scheduler.step()
             except ValueError as error:  # OneCycleLR after its last step

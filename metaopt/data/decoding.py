@@ -36,9 +36,10 @@ def evaluating(model: Any) -> Iterator[Callable[..., Any]]:
 
 def to_model(batch: Batch, model: Any) -> dict[str, Tensor]:
     """Return the batch on the device of the model's first parameter; a plain function gets it as it is."""
-    first: Any = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    moved = [] if first is None else [name for name, value in batch.items() if isinstance(value, Tensor)]
-    return {**batch, **{name: batch[name].to(first.device) for name in moved}}
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if first is None:
+        return dict(batch)
+    return {name: x.to(first.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
 @torch.no_grad()
