@@ -113,4 +113,5 @@ def _inverse_root(square: Tensor, decay: float, state: dict[str, Any]) -> Tensor
     if square.dim() < 2:
         return moved("exp_avg_sq", square).rsqrt()
     row, column = moved("exp_avg_sq_row", square.mean(-1)), moved("exp_avg_sq_col", square.mean(-2))
-    return (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
+    # not (row / mean).rsqrt(): the slope of a division by 1e-30 is infinite in float32
+    return (row.rsqrt() * row.mean(-1, keepdim=True).sqrt()).unsqueeze(-1) * column.rsqrt().unsqueeze(-2)

@@ -116,7 +116,7 @@ class _Rsqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
         (root,) = ctx.saved_tensors
-        return None if grads[0] is None else torch.where(grads[0] == 0, 0.0, -0.5 * grads[0] * root**3)
+        return None if grads[0] is None else torch.where(grads[0] == 0, 0.0, -0.5 * grads[0] * root * root * root)
 
 
 _ROOTS = {"sqrt": _Sqrt, "rsqrt": _Rsqrt}
