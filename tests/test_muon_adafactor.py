@@ -19,6 +19,7 @@ from torch import nn
 
 import metaopt
 from metaopt.estimators import Captured, Checkpointed
+from metaopt.optimizers import UpdateRule
 
 STEPS = 8
 
@@ -139,3 +140,14 @@ def test_options_that_contradict_each_other_are_refused(make, message):
 def test_the_ones_that_cannot_train_name_ours(cls):
     with pytest.raises(metaopt.ConfigError, match=rf"metaopt\.{cls.__name__}"):
         library.as_chain(small_network(lambda params: cls([p for p in params if p.dim() == 2])))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3)])
+@pytest.mark.parametrize("size", [0.0, 1e-14])
+def test_a_gradient_that_vanishes_has_finite_slopes_in_float32(shape, size):
+    param = nn.Parameter(torch.randn(shape))
+    rule = UpdateRule(BOTH["Adafactor"]([param]), {"p": param})
+    gradient = (size * torch.randn(shape)).requires_grad_()
+    after, _ = rule.step({"p": param.detach()}, {"p": gradient}, {})
+    (slope,) = torch.autograd.grad((after["p"] * torch.randn(shape)).sum(), gradient)
+    assert slope.isfinite().all()
