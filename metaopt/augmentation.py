@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import ConfigError, StageError
 from metaopt.functional import FunctionalModel
-from metaopt.losses import InnerLoss, Upstream
+from metaopt.losses import InnerLoss, Upstream, model_inputs
 from metaopt.meta_params import AnyMetaParameters, MetaParameters, Uniform, select
 from metaopt.ranges import check_counts
 
@@ -86,6 +86,7 @@ class AugmentedLoss(InnerLoss):
 def embedded(model: FunctionalModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the batch with its `input_ids` replaced by the model's own embeddings of them, in the graph."""
     batch = dict(batch)
+    model.note_reading(model_inputs(batch))
     with model.as_module() as module:
         table: Any = getattr(module, "get_input_embeddings", lambda: None)()
         if table is None or "input_ids" not in batch:

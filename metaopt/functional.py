@@ -107,6 +107,9 @@ class FunctionalModel:
         """Inner steps that its stage has taken since its start or last reset; in training, before this one."""
         return 0 if self.trained is None else self.trained.step
 
+    def note_reading(self, inputs: Mapping[str, Any]) -> None:
+        """Note, in training, that these inputs are what the model is trained on, in whatever form it reads them."""
+
     def _call_buffers(self) -> Tensors:
         if self._structure.unsaid and not self.training and torch.is_grad_enabled():
             warnings.warn(self._structure.unsaid.pop(), RuntimeWarning, stacklevel=3)
@@ -168,9 +171,13 @@ class InnerModel(FunctionalModel):
     read: set[frozenset[str]] | None = None  # the names of what it reads are added here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.read is not None and not args:
-            self.read.add(names_read(kwargs))
+        if not args:
+            self.note_reading(kwargs)
         return super().__call__(*args, **kwargs)
+
+    def note_reading(self, inputs: Mapping[str, Any]) -> None:
+        if self.read is not None:
+            self.read.add(names_read(inputs))
 
     @property
     def step(self) -> int:
