@@ -191,7 +191,7 @@ def label_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     logits = logits_of(model(**model_inputs(batch, model)))
     if "labels" not in batch:
-        raise ConfigError(f"the batch holds no labels to compare logits with (it has: {', '.join(batch)})")
+        raise ConfigError(f"the loss reads batch['labels'], which this batch lacks (it has: {', '.join(batch)})")
     labels = aligned_labels(model, batch["labels"])
     losses, counts = cross_entropies(logits, labels)
     return (losses, counts) if labels is batch["labels"] else (losses.roll(1, -1), counts.roll(1, -1))

@@ -232,7 +232,7 @@ def test_meta_parameters_that_a_commit_would_overwrite_are_refused():
         chain.unroll(chain.stages["only"].model)
 
 
-@pytest.mark.parametrize("given", [torch.ones(3), {"a": torch.ones(3)}, None, [nn.Linear(1, 1)]])
-def test_meta_parameters_that_are_no_modules_are_refused(given):
-    with pytest.raises(metaopt.ConfigError, match=r"give an nn\.Module"):
+@pytest.mark.parametrize("given", [torch.ones(3).numpy(), {"a": 1.0}, None, [nn.Linear(1, 1)]])
+def test_what_is_neither_tensor_nor_module_is_refused(given):
+    with pytest.raises(metaopt.ConfigError, match=r"give a tensor that requires grad, an nn\.Module"):
         one_stage().unroll(given)

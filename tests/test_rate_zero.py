@@ -36,6 +36,7 @@ OPTIONS: dict[type, dict[str, Any]] = {
     torch.optim.Adadelta: {"lr": 1.0},
     torch.optim.RMSprop: {"centered": True, "momentum": 0.8},
     torch.optim.ASGD: {"lambd": 0.1, "t0": 1.0},
+    metaopt.Adafactor: {"relative_step": False},
 }
 WHERE = {"first": {0}, "middle": {1}, "last": {3}, "every": {0, 1, 2, 3}}  # of four steps
 ESTIMATORS = (Unrolled(), Checkpointed(), Checkpointed(Captured()))

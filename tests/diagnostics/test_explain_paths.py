@@ -214,6 +214,7 @@ def test_meta_parameters_of_one_fate_are_told_together():
     assert str(found).count("no path to the meta-loss") == 1
 
 
+@pytest.mark.filterwarnings("ignore:stage 'M2' read decoder_inputs_embeds")  # the thread's own objective
 def test_the_experiment_prints_what_its_readme_shows(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder = ROOT / "experiments" / "cut_paths"
