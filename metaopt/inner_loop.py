@@ -24,7 +24,7 @@ from metaopt.losses import InnerLoss, require_scalar
 from metaopt.meta_params import AnyMetaParameters, as_given
 from metaopt.model_structure import ModelStructure
 from metaopt.optimizers import State, UpdateRule
-from metaopt.random_state import python_draws, seeded
+from metaopt.random_state import seeded
 from metaopt.telling import described, taken_by, telling
 
 Tensors = dict[str, Tensor]
@@ -141,13 +141,10 @@ class InnerLoop:
         micro = self.batches[t] if batches is None else batches
         telling_loss = telling(lambda: self._said_of_loss(t, micro))
         with telling_loss, naming_inference_tensors(self.name), seeded(self.seeds[t], self.device), self.casting():
-            drawn = python_draws()
             losses = [
                 require_scalar(self.loss(model, batch, given, upstream), f"the loss of stage {self.name!r}")
                 for batch in micro
             ]
-            if python_draws() != drawn:
-                self.beside.add("random numbers of Python or numpy")
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         still = {n for n, b in moved.items() if b is own[n] and b._version == 0 and not b.is_floating_point()}
         # The version says nothing of floating ones: batch norm's kernel moves its statistics without a new one.

@@ -20,12 +20,6 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
-def python_draws() -> tuple[int, ...]:
-    """Return numbers that change whenever Python's or numpy's global generator is drawn from."""
-    of_random, of_numpy = random.getstate()[1], np.random.get_state()
-    return of_random[0], of_random[-1], int(of_numpy[1][0]), int(of_numpy[2])  # type: ignore[index]
-
-
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators of torch (CPU, and the device's), numpy and random; put them back after."""

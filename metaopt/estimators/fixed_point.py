@@ -115,7 +115,7 @@ class ConjugateGradient(FixedPoint):
 
     def solve(self, sweep: FixedPointSweep, cotangents: Tensors, others: dict[Key, Tensor]) -> None:
         """Solve `(H + damping·I) q = λ` and pull −q back to what the loss reads."""
-        record = replace(sweep.last_step, params=sweep.trained, gradient=None)
+        record = replace(sweep.last_step, params=sweep.trained, gradient=None, loss=None)
         gradient, pullback = sweep.linearize(sweep.first, record, Wanted(repeatedly=True))
         used = [name for name, g in zip(record.params, gradient, strict=True) if g is not None]
         cotangents = {name: cotangents.get(name, torch.zeros_like(record.params[name])) for name in used}

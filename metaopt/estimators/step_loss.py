@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.estimators.stores import StepRecord
 from metaopt.functional import FunctionalModel, Models
 from metaopt.inner_loop import InnerLoop
-from metaopt.meta_params import AnyMetaParameters, TensorWeights, as_named, rebound
+from metaopt.meta_params import AnyMetaParameters, as_named, rebound
 from metaopt.random_state import seeded
 
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_MOST_ENTRIES = 100  # of a container that is looked into
 
 
 class StepLoss:
@@ -46,6 +43,7 @@ class StepLoss:
         settings: Hashable = None,
     ) -> None:
         self._t, self._record, self._loop, self._settings = t, record, loop, settings
+        self.expected = record.loss
         self._meta_params, self._upstream, self._keys = meta_params, upstream, list(keys)
         self._names = list(record.params)
         self._tree = {
@@ -55,7 +53,6 @@ class StepLoss:
             "upstream": {n: (dict(m.params), dict(m.buffers)) for n, m in upstream.items()},
         }
         flat, self._spec = pytree.tree_flatten(self._tree)
-        self._constants = [None if isinstance(x, Tensor) else x for x in flat]
         self._tensors = [x for x in flat if isinstance(x, Tensor)]
 
     @property
@@ -75,24 +72,19 @@ class StepLoss:
 
     @property
     def obstacle(self) -> str | None:
-        """What differs from step to step beside tensors."""
-        strange = [type(x).__name__ for x in self._constants if not isinstance(x, _PLAIN)]
-        texts = {tuple(x for x in pytree.tree_leaves(list(step)) if isinstance(x, str)) for step in self._loop.batches}
-        if strange or len(texts) > 1:
-            return f"a {strange[0]} in the batch" if strange else "texts in the batch that differ from step to step"
+        """What differs from step to step and may change a gradient without changing the loss."""
         return ", ".join(sorted(self._loop.beside)) or None
 
     @property
     def signature(self) -> Hashable:
-        """Equal for two steps that differ in tensors only."""
-        frozen = tuple(x if isinstance(x, Hashable) else repr(x) for x in self._constants)
-        return str(self._spec), frozen, tuple(self._keys), tuple(self._names), self._settings
+        """Equal for two steps that differ in tensors, or in what else a batch holds."""
+        return str(self._spec), tuple(self._keys), tuple(self._names), self._settings, *map(id, self.anchors)
 
     @property
     def anchors(self) -> tuple[object, ...]:
-        """Loss and modules: the signature holds their ids."""
+        """Loss and modules."""
         modules = [model.structure.module for model in self._upstream.values()]
-        return self._loop.loss, self._loop.structure.module, *as_named(self._meta_params).values(), *modules
+        return self._loop.loss, self._loop.structure.module, *modules
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -129,57 +121,9 @@ class StepLoss:
 
 
 def settings_of(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Mapping[str, FunctionalModel]) -> Hashable:
-    """Return what a captured graph would freeze, as it is now: what the loss and the meta-parameters hold or close
-    over, and the plain numbers and words of the models' modules. Tensors count by their identity."""
+    """Return the plain numbers and words that the models' modules, the loss and the meta-parameters hold, as they are
+    now: some change a gradient and no loss (the strength of a gradient reversal)."""
     models = [loop.structure.module, *(model.structure.module for model in upstream.values())]
-    modules = [(id(m), _plain_attributes(m)) for model in models for m in model.modules()]
-    parts = (loop.loss, *as_named(meta_params).values())
-    read = [(None if isinstance(x, TensorWeights) else id(x), _held(x)) for x in parts]
-    return loop.autocast, tuple(modules), tuple(read)
-
-
-def _plain_attributes(module: nn.Module) -> Hashable:
-    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN))
-
-
-def _held(x: Any, depth: int = 4) -> Hashable:
-    if isinstance(x, (*_PLAIN, type, types.ModuleType, types.CodeType, types.BuiltinFunctionType)):
-        return x
-    if isinstance(x, Tensor):  # a graph holds its own constants, so that no other tensor gets the id of one
-        return id(x), x._version if x.numel() == 1 and not x.is_inference() else 0  # float(x) would be frozen
-    parts = _parts(x) if depth else {}
-    return type(x), tuple((str(name), _held(part, depth - 1)) for name, part in parts.items())
-
-
-def _parts(x: Any) -> Mapping[Any, Any]:
-    if isinstance(x, nn.Module):
-        return {name: _tensors_and_attributes(module) for name, module in x.named_modules()}
-    if isinstance(x, (Mapping, list, tuple)) and len(x) > _MOST_ENTRIES:
-        return {"length": len(x)}
-    if isinstance(x, (list, tuple)):
-        return dict(enumerate(x))
-    if isinstance(x, functools.partial):
-        return {"function": x.func, "arguments": x.args, **x.keywords}
-    if isinstance(x, types.MethodType):
-        return {"function": x.__func__, "self": x.__self__}
-    if isinstance(x, types.FunctionType):
-        cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
-        closed = {name: cell.cell_contents for name, cell in cells}
-        of_module = {name: x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__}
-        return {"code": x.__code__, "defaults": x.__defaults__, "keywords": x.__kwdefaults__, **of_module, **closed}
-    return x if isinstance(x, Mapping) else getattr(x, "__dict__", {})
-
-
-def _tensors_and_attributes(module: nn.Module) -> dict[str, Any]:
-    """Of one module, without its parts and without what is learned, which is an input of the graph."""
-    tensors = {**module._buffers, **{n: p for n, p in module._parameters.items() if p is None or not p.requires_grad}}
-    inner = ("_parameters", "_buffers", "_modules")
-    return {**{k: v for k, v in vars(module).items() if k not in inner}, **tensors}
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the global names that a function reads, its inner functions included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+    modules = [m for x in (*models, *as_named(meta_params).values()) for m in x.modules()]
+    held = (getattr(x, "__dict__", {}) for x in (*modules, loop.loss))
+    return loop.autocast, tuple((name, value) for x in held for name, value in x.items() if isinstance(value, _PLAIN))

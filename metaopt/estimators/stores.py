@@ -21,12 +21,13 @@ Gradients = dict[str, Tensor | None]
 
 @dataclass
 class StepRecord:
-    """An inner step as it was: weights, optimizer state and buffers before it, and its raw gradient if known."""
+    """An inner step as it was: weights, optimizer state and buffers before it, its raw gradient and loss if known."""
 
     params: dict[str, Tensor]
     state: State
     buffers: dict[str, Tensor]
     gradient: Gradients | None = None
+    loss: Tensor | None = None
 
 
 class Tape:

@@ -8,6 +8,7 @@ raw gradient as a leaf); pull what reaches the gradient back through it (the sec
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class Sweep:
                 losses.append(loss)
                 loop.watch(losses)
         self._require_same_batches()
+        self._losses = losses
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
 
     @property
@@ -164,7 +166,7 @@ class Sweep:
     def rebuild(self, t: int, free: bool) -> StepRecord:
         """Return step t as it was."""
         with rebound(self.meta_params, self._plain_meta):
-            return self.tape.rebuild(t, free)
+            return replace(self.tape.rebuild(t, free), loss=self._losses[t])
 
     def step_back(self, t: int, record: StepRecord, above: Below, others: dict[Key, Tensor]) -> Below:
         """Pull cotangents back through step t; those of `others` are added in place."""

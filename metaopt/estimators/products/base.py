@@ -25,13 +25,16 @@ class Loss(Protocol):
 
     @property
     def signature(self) -> Hashable:
-        """Equal for two steps that differ in nothing but tensors of the same shapes."""
+        """Equal for two steps that differ in nothing but tensors, and in what else a batch holds."""
         ...
 
     @property
     def anchors(self) -> tuple[object, ...]:
         """The objects whose identity is part of the signature."""
         ...
+
+    expected: Tensor | None
+    """The loss that the forward had at these weights; another one shows that something beside tensors has changed."""
 
     @property
     def stage(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -19,16 +19,18 @@ _VIEWS = {
     for name in ("detach", "view", "t", "expand", "unsqueeze", "alias", "_unsafe_view", "permute")
 } | {torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int}
 MOST_PROGRAMS = 16  # shapes, stages; the program used longest ago is dropped
+MOST_CHANGES = 3  # captures in a row whose loss is another at the next replay
 
 
 class Captured(Product):
     """One step's forward, backward and double backward, captured once and replayed; what no output needs is left out.
 
     Exact: the same operations as `DoubleBackward`, whose result the first replay is compared with. A graph belongs to
-    the shapes of the tensors, to the modules and the loss, and to what they hold or close over (dropout probabilities,
-    temperatures): where that changes, a new one is captured. A tensor that a model keeps as a plain attribute is not
-    watched; register it as a buffer. Where a step cannot be captured (a branch on the values of a batch, random
-    numbers of Python), the product is `DoubleBackward`'s, and one warning says why.
+    the shapes of the tensors, to the modules and the loss, and to the numbers that they hold (dropout probabilities,
+    temperatures). At every replay the loss must be the one that the forward had; where it is not, something has changed
+    that is no input of the graph, and a new one is captured. Where a step cannot be captured (a branch on the values of
+    a batch) or changes again and again (random numbers of Python), the product is `DoubleBackward`'s, and one warning
+    says why.
 
     Source: torch.fx.experimental.proxy_tensor.make_fx.
     """
@@ -36,6 +38,7 @@ class Captured(Product):
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
         self._eager = DoubleBackward()
+        self._changes: Counter[Hashable] = Counter()
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -46,18 +49,32 @@ class Captured(Product):
     ) -> tuple[Cotangents, Pullback]:
         """Replay the captured graph, as far as it does not depend on u; the pullback replays the rest."""
         key = (loss.signature, wanted, *(_shape(t) for t in (*params, *others, *loss.context)))
-        if key not in self._programs:
-            self._programs[key] = self._capture(loss, params, others, wanted)
-            if len(self._programs) > MOST_PROGRAMS:
-                self._programs.popitem(last=False)
-        program = self._programs[key]
-        if program is None:
-            return self._eager.linearize(loss, params, others, wanted)
-        self._programs.move_to_end(key)
-        run = program.start(loss, params, others)
-        if program.checked:
-            return run
-        return self._first_run(key, program, run, self._eager.linearize(loss, params, others, wanted))
+        for _ in range(2):
+            if key not in self._programs:
+                self._programs[key] = self._capture(loss, params, others, wanted)
+                if len(self._programs) > MOST_PROGRAMS:
+                    self._programs.popitem(last=False)
+            program = self._programs[key]
+            if program is None:
+                break
+            self._programs.move_to_end(key)
+            value, gradient, pullback = program.start(loss, params, others)
+            if loss.expected is not None and not _agree([value], [loss.expected]):
+                self._drop(key)
+            elif program.checked:
+                self._changes[key] = 0
+                return gradient, pullback
+            else:
+                eager = self._eager.linearize(loss, params, others, wanted)
+                return self._first_run(key, program, (gradient, pullback), eager)
+        return self._eager.linearize(loss, params, others, wanted)
+
+    def _drop(self, key: Hashable) -> None:
+        """Forget a program whose loss is not the forward's; after some, do without."""
+        self._changes[key] += 1
+        del self._programs[key]
+        if self._changes[key] >= MOST_CHANGES:
+            self._programs[key] = self._fall_back("its loss changes by more than its tensors, from step to step")
 
     def _capture(
         self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
@@ -111,26 +128,29 @@ class _Program:
         self._before, self._after = _split(graph, len(inputs) - len(params), num_gradients, wanted.gradient)
 
     def _joint(self, loss: Loss, num_params: int, num_others: int, wanted: Wanted) -> Callable[..., Any]:
-        """Return (params, others, context, u) → (gradient, products), without the entries that are None."""
+        """Return (params, others, context, u) → (loss, gradient, products), without the entries that are None."""
         end = num_params + num_others
 
         def joint(inputs: list[Tensor]) -> Any:
             with torch.enable_grad():
                 at, beside = leaves(inputs[:num_params]), leaves(inputs[num_params:end])
                 value = loss(at, beside, inputs[end:-num_params])
+                shown = value.detach().clone()
                 gradients = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
                 below = at if wanted.params else []
                 products = linearized(gradients, inputs[-num_params:], [*below, *beside])
                 products = [None] * (num_params - len(below)) + products
             self._shown = [[t is not None for t in part] for part in (gradients, products)]
-            return [g.detach() for g in gradients if g is not None] + [p for p in products if p is not None]
+            return [shown, *(g.detach() for g in gradients if g is not None), *(p for p in products if p is not None)]
 
         return joint
 
-    def start(self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Cotangents, Pullback]:
-        """Run the first graph; the pullback runs the second."""
+    def start(
+        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> tuple[Tensor, Cotangents, Pullback]:
+        """Run the first graph, which gives the loss too; the pullback runs the second."""
         with torch.no_grad(), loss.replaying():
-            gradients, kept = self._before(*params, *others, *loss.context)
+            value, gradients, kept = self._before(*params, *others, *loss.context)
 
         def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
             given = [torch.zeros_like(p) if u is None else u for p, u in zip(params, cotangents, strict=True)]
@@ -138,20 +158,21 @@ class _Program:
                 found = _placed(self._after(*kept, *given), self._shown[1])
             return found[: self._num_params], found[self._num_params :]
 
-        return _placed(gradients, self._shown[0]), pullback
+        return value, _placed(gradients, self._shown[0]), pullback
 
 
 def _split(
     graph: fx.GraphModule, num_fixed: int, num_gradients: int, wants_gradient: bool
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut a joint graph in two: (fixed inputs → gradient, values to keep) and (kept values, u → products)."""
+    """Cut a joint graph in two: (fixed inputs → loss, gradient, values to keep) and (kept values, u → products)."""
     output = next(node for node in graph.graph.nodes if node.op == "output")
-    gradients, products = list(output.args[0][:num_gradients]), list(output.args[0][num_gradients:])
-    gradients = gradients if wants_gradient else []
-    output.args = ([*gradients, *products],)
+    loss, *rest_of = output.args[0]
+    gradients, products = rest_of[:num_gradients] if wants_gradient else [], rest_of[num_gradients:]
+    output.args = ([loss, *gradients, *products],)
     _merge_views(graph.graph)
     graph.graph.eliminate_dead_code()
-    gradients, products = list(output.args[0][: len(gradients)]), list(output.args[0][len(gradients) :])
+    loss, *rest_of = output.args[0]
+    gradients, products = rest_of[: len(gradients)], rest_of[len(gradients) :]
     nodes = list(graph.graph.nodes)[:-1]
     placeholders = [node for node in nodes if node.op == "placeholder"]
     late = set(placeholders[num_fixed:])
@@ -165,7 +186,7 @@ def _split(
     for node in nodes:
         if node not in late:
             early[node] = before.node_copy(node, early.__getitem__)
-    before.output(([early[g] for g in gradients], [early[n] for n in kept]))
+    before.output((early[loss], [early[g] for g in gradients], [early[n] for n in kept]))
     rest = {node: after.placeholder(f"kept_{i}") for i, node in enumerate(kept)}
     for node in nodes:
         if node in late:
