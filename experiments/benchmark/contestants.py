@@ -31,7 +31,6 @@ class Contestant:
         label: in tables.
         make: work → a call that goes through both trainings and returns A's gradient, the same at each call.
         exact: whether that is the gradient of the meta-loss, up to rounding.
-        growth: of the memory that it holds, with T: `T`, `√T`, or `1` (what lies on the disk is not counted).
         captures: its first call does what later ones need not.
         ours: it is an estimator of this project.
     """
@@ -40,7 +39,6 @@ class Contestant:
     label: str
     make: Callable[[Work], Run]
     exact: bool = True
-    growth: str = "T"
     captures: bool = False
     ours: bool = False
 
@@ -77,7 +75,7 @@ def with_metaopt(work: Work, estimator: Callable[[], Any]) -> Run:
 
 def ours(name: str, label: str, estimator: str, *args: Any, **options: Any) -> Contestant:
     """An estimator of this project; arguments that are names of classes are made into instances of them."""
-    exact, growth = options.pop("exact", True), options.pop("growth", "T")
+    exact = options.pop("exact", True)
     product = options.pop("product", None)
 
     def make(work: Work) -> Run:
@@ -88,7 +86,7 @@ def ours(name: str, label: str, estimator: str, *args: Any, **options: Any) -> C
         new()
         return with_metaopt(work, new)
 
-    return Contestant(name, label, make, exact, growth, captures=product == "Captured", ours=True)
+    return Contestant(name, label, make, exact, captures=product == "Captured", ours=True)
 
 
 def _class(name: str) -> Any:
@@ -110,11 +108,11 @@ def _needs(module: str, make: Callable[[Work], Run]) -> Callable[[Work], Run]:
 
 def _betty(method: str, label: str, **settings: Any) -> Contestant:
     make = _needs("betty", functools.partial(with_betty, method=method, **settings))
-    return Contestant(f"betty-{method}", f"Betty, {label}", make, exact=False, growth="1")
+    return Contestant(f"betty-{method}", f"Betty, {label}", make, exact=False)
 
 
 CONTESTANTS = (
-    Contestant("plain", "plain training, no meta-gradient", plain, exact=False, growth="1"),
+    Contestant("plain", "plain training, no meta-gradient", plain, exact=False),
     Contestant("higher", "`higher` by hand", with_higher),
     Contestant("torchopt", "TorchOpt", _needs("torchopt", with_torchopt)),
     Contestant("checkpoint", "hand unroll, `torch.utils.checkpoint`", functools.partial(by_formula, checkpointed=True)),
@@ -125,23 +123,22 @@ CONTESTANTS = (
     ours("unrolled", "`Unrolled()`", "Unrolled"),
     ours("states", '`Checkpointed(store="states")`', "Checkpointed", store="states"),
     ours("gradients", "`Checkpointed()`", "Checkpointed", store="gradients"),
-    ours("recompute", '`Checkpointed(store="recompute")`', "Checkpointed", store="recompute", growth="√T"),
-    ours("disk", '`Checkpointed(place="disk")`', "Checkpointed", place="disk", growth="√T"),
+    ours("recompute", '`Checkpointed(store="recompute")`', "Checkpointed", store="recompute"),
+    ours("disk", '`Checkpointed(place="disk")`', "Checkpointed", place="disk"),
     ours("captured", "`Checkpointed(Captured())`", "Checkpointed", product="Captured"),
     ours("captured-recompute", '`Checkpointed(Captured(), store="recompute")`', "Checkpointed", product="Captured",
-         store="recompute", growth="√T"),
+         store="recompute"),
     ours("difference", "`Checkpointed(FiniteDifference())`", "Checkpointed", product="FiniteDifference", exact=False),
-    ours("truncated", "`Truncated(5)`", "Truncated", 5, exact=False, growth="1"),
-    ours("one-step", "`OneStep()`", "OneStep", exact=False, growth="1"),
+    ours("truncated", "`Truncated(5)`", "Truncated", 5, exact=False),
+    ours("one-step", "`OneStep()`", "OneStep", exact=False),
     ours("first-order", "`FirstOrder()`", "FirstOrder", exact=False),
-    ours("neumann", "`Neumann(5)`", "Neumann", 5, exact=False, growth="1"),
-    ours("cg", "`ConjugateGradient(5)`", "ConjugateGradient", 5, exact=False, growth="1"),
+    ours("neumann", "`Neumann(5)`", "Neumann", 5, exact=False),
+    ours("cg", "`ConjugateGradient(5)`", "ConjugateGradient", 5, exact=False),
 )  # fmt: skip
 ON_A_GPU = (
-    ours("host", '`Checkpointed(place="host")`', "Checkpointed", place="host", growth="√T"),
+    ours("host", '`Checkpointed(place="host")`', "Checkpointed", place="host"),
     ours("host-recompute", '`Checkpointed(store="recompute", place="host")`', "Checkpointed", store="recompute",
-         place="host", growth="√T"),
-    ours("captured-host", '`Checkpointed(Captured(), place="host")`', "Checkpointed", product="Captured", place="host",
-         growth="√T"),
+         place="host"),
+    ours("captured-host", '`Checkpointed(Captured(), place="host")`', "Checkpointed", product="Captured", place="host"),
 )  # fmt: skip
 BY_NAME = {contestant.name: contestant for contestant in (*CONTESTANTS, *ON_A_GPU)}

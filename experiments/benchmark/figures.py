@@ -1,18 +1,14 @@
-"""What follows from the measured numbers: ratios, slopes, the largest T, and the figures to reach."""
+"""What follows from the measured numbers: ratios, slopes, and the figures to reach."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from contestants import BASELINE, BY_NAME, OURS, UNIT, Contestant
-
-CAP = 4e9  # bytes
 
 
 @dataclass(frozen=True)
@@ -67,14 +63,6 @@ class WorkResults:
         """Return the most bytes held at once, in bytes of one model's weights."""
         return _over(self.get(steps, name, "bytes"), self.get(steps, name, "theta"))
 
-    def growth(self, name: str) -> tuple[float, float] | None:
-        """Return a and b of `peak = a + b g(T)` in bytes, g being T or √T as the contestant declares."""
-        if BY_NAME[name].growth == "1":
-            return None
-        power = {"T": 1.0, "√T": 0.5}[BY_NAME[name].growth]
-        points = [(t**power, self.get(t, name, "bytes")) for t in self.steps if self.get(t, name, "bytes")]
-        return _line(points[-3:]) if len(points) > 1 else None
-
     def slope(self, name: str) -> float | None:
         """Return the growth of the peak per step and stage between the two largest T, in bytes of weights."""
         points = [(t, peak) for t in self.steps if (peak := self.peak(t, name)) is not None][-2:]
@@ -82,14 +70,6 @@ class WorkResults:
             return None
         (t, low), (u, high) = points
         return (high - low) / (u - t) / 2
-
-    def largest(self, name: str) -> float | None:
-        """Return the T at which the peak would reach the cap, as the fit has it."""
-        fit = self.growth(name)
-        if fit is None or fit[1] <= 0:
-            return None
-        reached = (CAP - fit[0]) / fit[1]
-        return reached if BY_NAME[name].growth == "T" else reached**2
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[WorkResults]]:
@@ -102,12 +82,6 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[WorkResults]]:
 
 def _over(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
-
-
-def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    x, y = torch.tensor(points, dtype=torch.float64).T
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-    return float(y.mean()) - slope * float(x.mean()), slope
 
 
 @dataclass(frozen=True)
@@ -163,19 +137,18 @@ def _peaks(work: WorkResults, steps: int, name: str) -> float | None:
 
 
 def better_elsewhere(work: WorkResults) -> list[str]:
-    """Return a line for everybody else who takes less time or holds less than the best exact estimator here."""
-    t, found = work.shown, []
-    ours = [c.name for c in work.contestants if c.ours and c.exact]
-    quickest = min((x for n in ours if (x := work.time(t, n)) is not None), default=0.0)
-    leanest = min((x for n in ours if (x := work.peak(t, n)) is not None), default=0.0)
+    """Return a line for everybody else who at some T takes less time or holds less than every exact estimator here."""
+    ours, found = [c.name for c in work.contestants if c.ours and c.exact], []
+    units = {"time": "plain trainings' time", "peak": "times the weights held"}
     for other in (c for c in work.contestants if not c.ours and c.name != UNIT):
-        time, peak = work.time(t, other.name), work.peak(t, other.name)
+        cells = [(what, t) for what in units for t in work.steps]
         parts = []
-        if time is not None and time < quickest:
-            parts.append(f"{time:.1f} plain trainings' time (the least exact here: {quickest:.1f})")
-        if peak is not None and peak < leanest:
-            parts.append(f"holds {peak:.0f} times the weights (here: {leanest:.0f})")
-        cosine = work.get(t, other.name, "float32", "cosine")
+        for what, t in cells:
+            theirs = getattr(work, what)(t, other.name)
+            best = min((x for n in ours if (x := getattr(work, what)(t, n)) is not None), default=None)
+            if theirs is not None and best is not None and theirs < best:
+                parts.append(f"T = {t}: {theirs:.1f} {units[what]} (the least exact here: {best:.1f})")
+        cosine = work.get(work.shown, other.name, "float32", "cosine")
         kind = "exact" if other.exact else "approximate" + ("" if cosine is None else f", cosine {cosine:.2f}")
-        found += [f"{other.label}: {' and '.join(parts)}; {kind}."] if parts else []
+        found += [f"{other.label} ({kind}): {'; '.join(parts)}."] if parts else []
     return found

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from contestants import BASELINE, BY_NAME, UNIT
-from figures import CAP, WorkResults, better_elsewhere, goals, read
+from figures import WorkResults, better_elsewhere, goals, read
 from plots import plot
 
 HERE = Path(__file__).resolve().parent
+NOT_RUN, UNIT_CELL = "not run", "the unit"
 MARKS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 
 
@@ -26,12 +27,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, shape: str = ".2f") -> str:
-    """Return a number as text; a dash if there is none."""
-    return "–" if value is None else format(value, shape)
+    """Return a number as text."""
+    return NOT_RUN if value is None else format(value, shape)
 
 
 def error(value: float | None) -> str:
-    return "–" if value is None else "0" if value == 0 else f"{value:.0e}"
+    return NOT_RUN if value is None else "0" if value == 0 else f"{value:.0e}"
 
 
 def exactness(work: WorkResults) -> str:
@@ -59,20 +60,13 @@ def per_steps(work: WorkResults, measure: Callable[[int, str], float | None], sh
     return table(head, rows)
 
 
-def largest(work: WorkResults, name: str) -> str:
-    """Return the largest T within the cap, as text."""
-    if BY_NAME[name].growth == "1":
-        return "any"
-    found = work.largest(name)
-    return "–" if found is None else f"{found:.2g}" if found >= 1e4 else f"{found:.0f}"
-
-
 def times(work: WorkResults) -> str:
     """Return the table of times."""
     t = work.shown
 
     def spent(name: str) -> str:
-        return number(work.seconds(t, name)) + f" ({len(work.get(t, name, 'seconds') or [])})"
+        calls = work.get(t, name, "seconds")
+        return f"{number(work.seconds(t, name))} ({len(calls)})" if calls else NOT_RUN
 
     return per_steps(
         work,
@@ -98,7 +92,6 @@ def memory(work: WorkResults) -> str:
         (f"MB, T = {t}", lambda n: megabytes(n, "bytes")),
         (f"resident MB, T = {t}", lambda n: megabytes(n, "resident")),
         ("slope", lambda n: number(work.slope(n))),
-        (f"largest T in {CAP / 1e9:.0f} GB", lambda n: largest(work, n)),
     )
 
 
@@ -152,28 +145,36 @@ losses; no dropout; attention by the kernel that can be differentiated twice. Er
 float64. `higher`'s own Adam adds eps before the bias correction, where torch adds it after: its error with Adam is that
 difference, and with SGD there is none. Betty's methods take the inner trainings as converged: judge them by the
 cosine. The slope is that of the peak between the two largest T, per step and stage. Resident sizes are the growth of a
-fresh process; those of captured products include the capture. The largest T is extrapolated from the peak bytes.
+fresh process; those of captured products include the capture. "not run": the contestant was left out of that part of
+the measurement (`run.py --only … --measure …`), for time or for memory; nothing is extrapolated.
 """
 
 
 def summary(sessions: Sequence[dict[str, Any]], works: Sequence[WorkResults]) -> str:
-    """Return the README's section: one table, the machine, and where others are better."""
-    work = next((w for w in works if w.title.startswith("bert2bert, adam")), works[0])
-    t, head = work.shown, ["", "error, float64", "cosine", "flops", "time", "peak MB", f"T in {CAP / 1e9:.0f} GB"]
+    """Return the section for a page: a table per workload, where others are better, and the machine."""
+    return "\n".join(
+        [*(short(work) for work in works if "small" not in work.title), "Measured on:\n", machine(sessions)]
+    )
+
+
+def short(work: WorkResults) -> str:
+    """Return one table of a workload; each column says at which T it was measured."""
+    t, few = work.shown, work.short
+    head = ["", f"error, float64, SGD, T = {few}", f"cosine, float32, T = {t}", f"flops, T = {few}"]
+    head += [*(f"time, T = {s}" for s in work.steps if s in (10, 50)), f"peak MB, T = {t}"]
     rows = []
     for c in work.contestants:
-        held, n = work.get(t, c.name, "bytes"), c.name
-        rows.append([
-            c.label, error(work.get(work.short, n, "float64, sgd", "relative")),
-            number(work.get(t, n, "float32", "cosine"), ".3f"), number(work.flops(n), ".1f"),
-            number(work.time(t, n), ".1f"), number(None if held is None else held / 1e6, ",.0f"), largest(work, n),
-        ])  # fmt: skip
-    lines = [f"BERT2BERT → BERT2BERT ({work.title}), T = {t} steps each; flops and time over plain training.\n"]
-    lines += [table(head, rows)]
-    better = better_elsewhere(work)
-    if better:
-        lines += ["Where others are better:\n", "\n".join(f"- {line}" for line in better) + "\n"]
-    return "\n".join([*lines, "Measured on:\n", machine(sessions)])
+        n, held = c.name, work.get(t, c.name, "bytes")
+        errors = [error(work.get(few, n, "float64, sgd", "relative"))]
+        errors.append(number(work.get(t, n, "float32", "cosine"), ".3f"))
+        spent = [number(work.time(s, n), ".1f") for s in work.steps if s in (10, 50)]
+        megabytes = number(None if held is None else held / 1e6, ",.0f")
+        own = [UNIT_CELL, UNIT_CELL] if n == UNIT else errors
+        rows.append([c.label, *own, number(work.flops(n), ".1f"), *spent, megabytes])
+    title = f"Two trainings in a row ({work.title}); flops and wall time over those of plain training:\n"
+    lines = [title, table(head, rows)]
+    better = better_elsewhere(work) or ["nobody, in any cell that was measured."]
+    return "\n".join([*lines, "Where others are better:\n", "\n".join(f"- {line}" for line in better) + "\n"])
 
 
 def insert(path: Path, text: str) -> None:
