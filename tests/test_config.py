@@ -153,7 +153,7 @@ def test_a_stage_s_own_target_takes_no_argument_of_another() -> None:
 
 def test_the_hand_over_gives_data_and_loss() -> None:
     stages = prepared("handover=decoded").stages
-    assert stages.student.generate._target_ == "metaopt.handover.Decoded"
+    assert stages.student.generate._target_ == "metaopt.Decoded"
     assert stages.teacher.generate is None
     stages = prepared("handover=soft_labels").stages
     assert stages.student.generate is None
@@ -334,7 +334,7 @@ def test_facts_fill_the_config() -> None:
     config = with_facts(prepared(), FACTS)
     assert config.meta_params.num_sources == 8
     assert OmegaConf.to_container(config.stages.student.generate, resolve=True) == {
-        "_target_": "metaopt.handover.Decoded",
+        "_target_": "metaopt.Decoded",
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_and_the_configs(wheel: Path) -> None:
     assert wheel.name.startswith("metaopt_chain-")
     assert CONFIGS
     assert {f"metaopt/{path}" for path in CONFIGS} <= names
-    assert {"metaopt/conf/__init__.py", "metaopt/py.typed", "metaopt/cli.py"} <= names
+    assert {"metaopt/conf/__init__.py", "metaopt/py.typed", "metaopt/__init__.pyi", "metaopt/cli.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "conf/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
