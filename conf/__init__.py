@@ -7,6 +7,7 @@ not a YAML file because its node must stay open: `stages.student.optimizer.lr=1e
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from metaopt import help as config_help
 from metaopt.config import SHARED
 
 
@@ -20,6 +21,8 @@ def _register() -> None:
         store.store(group=group, name="shared", node=_shared(group), provider="metaopt")
     handover = DictConfig({part: _shared(f"handover.{part}") for part in ("generate", "loss")})
     store.store(group="handover", name="shared", node=handover, provider="metaopt")
+
+    config_help.register()
 
 
 _register()

@@ -151,7 +151,7 @@ def _run(command: Callable[[], Any]) -> None:
 def _prepared(composed: DictConfig) -> tuple[DictConfig, str]:
     job = HydraConfig.get()
     overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
-    return prepare(composed, cast(list[str], overrides)), job.runtime.output_dir
+    return prepare(composed, cast(list[str], overrides), job.runtime.choices), job.runtime.output_dir
 
 
 if __name__ == "__main__":

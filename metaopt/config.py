@@ -8,37 +8,42 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hydra import compose
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metaopt.errors import ConfigError, did_you_mean
-from metaopt.schema import SECTIONS, Raw, problems_of, value_at
+from metaopt.schema import Raw, options_of, problems_of, value_at
 
 SHARED = "_shared_"
 SHARED_PARTS = ("model", "optimizer", "schedule", "transform", "estimator", "product", "loss", "handover")
 FACT = re.compile(r"\$\{facts\.([^}]*)\}")
 
 
-def prepare(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
+def prepare(
+    config: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, str | None] | None = None
+) -> DictConfig:
     """Return the config with every stage's parts filled in and the limits applied.
 
     Args:
         config: as Hydra composed it.
         overrides: what was written on the command line, such as `optimizer.lr=0.1`.
+        choices: the chosen option of each group (`hydra.runtime.choices`), by which an experiment's values that reach
+            no stage are found.
 
     Raises:
         ConfigError: lists everything that is wrong with it.
     """
     raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
-    reference = raw.pop("reference", {})
     if not isinstance(raw.get("stages"), Mapping) or not isinstance(raw.get("chain"), list):
         raise ConfigError("the config needs `chain`, a list of names, and `stages`, a mapping from name to stage")
-    problems = list(_unreached(raw, reference, overrides))
-    shared_nodes = _fill_in_shared_parts(raw)
+    untouched, taken = _fill_in_shared_parts(raw)
+    problems = list(_unreached(raw, taken, overrides, choices or {}))
     _apply_limits(raw)
     filled = OmegaConf.create(raw)
     plain, unresolved = _resolved(raw, filled)
-    problems += [*unresolved, *problems_of(plain, shared_nodes)]
+    problems += [*unresolved, *problems_of(plain, untouched)]
     _raise_if_any(problems)
     return filled
 
@@ -74,8 +79,7 @@ def explained(error: Exception) -> str:
     if unknown is None:
         return text
     section, _, option = unknown[1].rpartition(".")
-    schema = SECTIONS.get(re.sub(r"^stages\.\w+$", "stages.*", section))
-    near = did_you_mean(option, schema.__annotations__) if schema is not None else ""
+    near = did_you_mean(option, options_of(section), others=False)
     return f"{text}\n{unknown[1]}: there is no such option{near}" if near else text
 
 
@@ -98,47 +102,30 @@ def _raise_if_any(problems: Sequence[str]) -> None:
 # --- shared parts -----------------------------------------------------------------------------------------------
 
 
-def _fill_in_shared_parts(raw: Raw) -> dict[str, str]:
-    """Put the shared parts under the stages' own values; return node path → shared path where nothing is its own."""
+def _fill_in_shared_parts(raw: Raw) -> tuple[dict[str, str], set[str]]:
+    """Put the shared parts under the stages' own values.
+
+    Returns: node path → shared path where nothing is a stage's own, and the shared parts that any stage takes.
+    """
     untouched: dict[str, str] = {}
-    for name, stage in raw["stages"].items():
-        for part, node in (stage or {}).items():
-            stage[part] = _filled(raw, node, f"stages.{name}.{part}", untouched)
-    return untouched
+    taken: set[str] = set()
 
+    def filled(node: Any, path: str) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        own = dict(node)
+        source = own.pop(SHARED, None)
+        if source is not None:
+            taken.add(source.split(".")[0])
+            if not own:
+                untouched[path] = source
+                own = copy.deepcopy(value_at(raw, source))
+            elif "_target_" not in own:  # a target of its own takes no argument from another one's
+                own = _merged(value_at(raw, source), own)
+        return {k: filled(v, f"{path}.{k}") for k, v in own.items()} if isinstance(own, Mapping) else own
 
-def _filled(raw: Raw, node: Any, path: str, untouched: dict[str, str]) -> Any:
-    """Return one part of a stage with shared parts filled in, its own and those of its parts."""
-    if not isinstance(node, Mapping):
-        return node
-    own = dict(node)
-    source = own.pop(SHARED, None)
-    if source is not None and not own:
-        untouched[path] = source
-        own = copy.deepcopy(value_at(raw, source))
-    elif source is not None and "_target_" not in own:  # a target of its own takes no argument from another one's
-        own = _merged(value_at(raw, source), own)
-    if not isinstance(own, Mapping):
-        return own
-    return {k: _filled(raw, v, f"{path}.{k}", untouched) if _shares(v) else v for k, v in own.items()}
-
-
-def _shares(node: Any) -> bool:
-    return isinstance(node, Mapping) and SHARED in node
-
-
-def _taken(raw: Raw, node: Any) -> Iterator[str]:
-    """Yield the shared parts that a part of a stage takes, and those that these take."""
-    if not isinstance(node, Mapping):
-        return
-    source = node.get(SHARED)
-    if source is not None:
-        yield source.split(".")[0]
-        if "_target_" not in node:
-            for inner in (value_at(raw, source) or {}).values():
-                yield from _taken(raw, inner)
-    for inner in node.values():
-        yield from _taken(raw, inner)
+    raw["stages"] = {name: filled(stage, f"stages.{name}") for name, stage in raw["stages"].items()}
+    return untouched, taken
 
 
 def _merged(under: Any, over: Any) -> Any:
@@ -147,15 +134,12 @@ def _merged(under: Any, over: Any) -> Any:
     return {**copy.deepcopy(dict(under)), **{key: _merged(under.get(key), value) for key, value in over.items()}}
 
 
-def _unreached(raw: Raw, reference: Raw, overrides: Sequence[str]) -> Iterator[str]:
+def _unreached(raw: Raw, taken: set[str], overrides: Sequence[str], choices: Mapping[str, str | None]) -> Iterator[str]:
     """Yield each change of a shared part that no stage takes."""
-    taken = {p for stage in raw["stages"].values() for node in (stage or {}).values() for p in _taken(raw, node)}
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
-    for part in SHARED_PARTS:
-        if part in taken:
-            continue
+    for part in (part for part in SHARED_PARTS if part not in taken):
         written = [key for key in keys if key == part or key.startswith(f"{part}.")]
-        changed = dict.fromkeys([*written, *_changes(reference.get(part), raw.get(part), part)])
+        changed = dict.fromkeys([*written, *_changes(_as_chosen(part, raw, choices), raw.get(part), part)])
         if part == "product" and changed:
             yield f"{', '.join(changed)}: no stage's estimator has one; write estimator=checkpointed beside it, say"
             continue
@@ -166,13 +150,21 @@ def _unreached(raw: Raw, reference: Raw, overrides: Sequence[str]) -> Iterator[s
             yield f"{key} reaches no stage, since none of them takes the shared {part}; write {right}"
 
 
+def _as_chosen(part: str, raw: Raw, choices: Mapping[str, str | None]) -> Any:
+    """Return a shared part as the chosen option's own file has it; as it is now, where that cannot be told."""
+    try:
+        chosen = compose(f"{part}/{choices[part]}")
+    except (KeyError, HydraException):  # no such choice, or an option of a user's folder that only this config knows
+        return raw.get(part)
+    return OmegaConf.to_container(chosen, resolve=False)[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 def _changes(before: Any, after: Any, path: str) -> Iterator[str]:
-    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
-        if before != after:
-            yield path
-        return
-    for key in [*before, *(key for key in after if key not in before)]:
-        yield from _changes(before.get(key), after.get(key), f"{path}.{key}")
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys([*before, *after]):
+            yield from _changes(before.get(key), after.get(key), f"{path}.{key}")
+    elif before != after:
+        yield path
 
 
 def _apply_limits(raw: Raw) -> None:

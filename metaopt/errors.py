@@ -27,11 +27,12 @@ class NonFiniteError(MetaoptError, FloatingPointError):
     """A loss, gradient or hypergradient that is NaN or infinite."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)`, or the names there are: the tail of an unknown-name message."""
+def did_you_mean(name: str, known: Iterable[str], others: bool = True) -> str:
+    """Return ` (did you mean 'x'?)`, or the names there are (`others`): the tail of an unknown-name message."""
     known = [str(item) for item in known]
     close = difflib.get_close_matches(str(name), known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f" (there are: {', '.join(known) or 'none'})"
+    rest = f" (there are: {', '.join(known) or 'none'})" if others else ""
+    return f" (did you mean {close[0]!r}?)" if close else rest
 
 
 def tell(error: Exception, text: str) -> None:

@@ -2,61 +2,73 @@
 
 from __future__ import annotations
 
-import collections.abc
-import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import os
+import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from metaopt.errors import did_you_mean
 
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
-_SEQUENCES = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
-_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+Place = tuple[int | str, ...]
+SAID = "said"  # the type of an error whose text and place are ours
+_WANTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "float_type": "a number",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "needs_python_object": "an object (a mapping with a _target_)",
+    "none_required": "null",
+    "string_type": "a text",
+    "tuple_type": "a list",
+}
 
 
 def problems_of_target(
-    where: str, node: Any, supplied: int = 0, given: Collection[str] = (), complete: bool = True
-) -> Iterator[str]:
-    """Yield what is wrong with a `_target_` node and those nested in it.
+    node: Any, supplied: int = 0, given: Collection[str] = (), complete: bool = True
+) -> Iterator[tuple[Place, str]]:
+    """Yield what is wrong with a `_target_` node and those nested in it: where, and what, {path} being the whole path.
 
     Args:
-        where: its path in the config, for the messages.
         node: a plain container; strings with `${` are not resolved yet and are not checked.
         supplied: how many positional arguments the program adds when it calls the target.
         given: names of arguments that the program adds.
         complete: False where what calls the target is not known, so that it may add any argument.
     """
     if not isinstance(node, Mapping):
-        yield f"{where} = {node!r}: a mapping with a _target_ is needed"
+        yield (), f" = {node!r}: a mapping with a _target_ is needed"
         return
-    target = node.get("_target_")
+    target, here = node.get("_target_"), ("_target_",)
     if not isinstance(target, str) or target == "???":
-        yield (
-            f"{where}._target_ is not set: give the dotted path of a class or function, "
-            f"such as {where}._target_=my_module.MyClass"
-        )
+        yield here, " is not set: give the dotted path of a class or function, such as {path}=my_module.MyClass"
         return
     try:
         called = locate(target)
     except Exception as error:  # importing a user's module can raise anything
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         searched = f"searched: what is installed, and {os.getcwd()}"
-        yield f"{where}._target_ = {target} cannot be imported: {kind}{error} ({searched})"
+        yield here, f" = {target} cannot be imported: {kind}{error} ({searched})"
         return
     if not callable(called):
-        yield f"{where}._target_ = {target}: a {type(called).__name__} cannot be called"
-        return
-    if inspect.isabstract(called):
+        yield here, f" = {target}: a {type(called).__name__} cannot be called"
+    elif inspect.isabstract(called):
         undefined = ", ".join(sorted(getattr(called, "__abstractmethods__", ())))
-        yield f"{where}._target_ = {target}: the class does not define {undefined}"
-        return
-    yield from _problems_of_arguments(where, target, called, node, supplied, given, complete)
+        yield here, f" = {target}: the class does not define {undefined}"
+    else:
+        yield from _problems_of_arguments(target, called, node, supplied, given, complete)
 
 
 def locate(path: str) -> Any:
@@ -69,11 +81,11 @@ def locate(path: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            parent, name = ".".join(parts[: end - 1]), ".".join(parts[:end])
-            if isinstance(found, types.ModuleType) and importlib.util.find_spec(name) is not None:
-                found = importlib.import_module(name)
-                continue
-            raise ImportError(f"{parent} has no {part!r}{_close(part, dir(found))}") from None
+            name = ".".join(parts[:end])
+            if not isinstance(found, types.ModuleType) or importlib.util.find_spec(name) is None:
+                parent = ".".join(parts[: end - 1])
+                raise ImportError(f"{parent} has no {part!r}{did_you_mean(part, dir(found), others=False)}") from None
+            found = importlib.import_module(name)
     return found
 
 
@@ -85,114 +97,99 @@ def names_class(path: Any) -> bool:
         return False
 
 
-def _close(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _problems_of_arguments(
-    where: str,
-    target: str,
-    called: Any,
-    node: Mapping[str, Any],
-    supplied: int,
-    given: Collection[str],
-    complete: bool,
-) -> Iterator[str]:
+    target: str, called: Any, node: Mapping[str, Any], supplied: int, given: Collection[str], complete: bool
+) -> Iterator[tuple[Place, str]]:
     arguments = {name: value for name, value in node.items() if name not in SPECIAL}
     for name, value in arguments.items():
         if value == "???":
-            yield f"{where}.{name} is not set"
-        elif isinstance(value, Mapping) and "_target_" in value:
-            yield from problems_of_target(f"{where}.{name}", value, complete=not value.get("_partial_", False))
+            yield (name,), " is not set"
+        for place, inner in _targets_in(value, (name,)):
+            for below, text in problems_of_target(inner, complete=not inner.get("_partial_", False)):
+                yield (*place, *below), text
     try:
-        signature = inspect.signature(called)
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # some built-in callables have none
         return
-    named, takes_any = _named_parameters(signature, supplied + len(node.get("_args_", ())))
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    taken = positional[: supplied + len(node.get("_args_", ()))]
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in taken}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     hints = _type_hints(called)
     for name, value in arguments.items():
         if name not in named and not takes_any:
-            yield f"{where}.{name}: {target} takes no such argument{did_you_mean(name, named)}"
-        elif value not in ("???", named[name].default if name in named else None) and not fits(
-            value, hints.get(name, Any)
-        ):
-            yield f"{where}.{name} = {value!r}: {target} takes {describe(hints[name])}"
+            yield (name,), f": {target} takes no such argument{did_you_mean(name, named)}"
+        elif value not in ("???", named[name].default if name in named else None):
+            for place, errors in _misfits(value, hints.get(name, Any)).items():
+                yield (name, *place), f" = {errors[0]['input']!r}: {target} takes {wanted(errors)}"
     for name, parameter in named.items():
-        missing = parameter.default is inspect.Parameter.empty and name not in arguments and name not in given
-        if missing and complete:
-            yield f"{where}.{name} is missing: {target} needs it; add +{where}.{name}=..."
-
-
-def _named_parameters(signature: inspect.Signature, supplied: int) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Return the parameters that a name in the config can set, and whether any name goes."""
-    kinds = inspect.Parameter
-    positional = [
-        p for p in signature.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    ]
-    taken = {p.name for p in positional[:supplied]}
-    named = {
-        name: p
-        for name, p in signature.parameters.items()
-        if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY) and name not in taken
-    }
-    return named, any(p.kind is kinds.VAR_KEYWORD for p in signature.parameters.values())
+        if parameter.default is parameter.empty and name not in arguments and name not in given and complete:
+            yield (name,), f" is missing: {target} needs it; add +{{path}}=..."
 
 
 def _type_hints(called: Any) -> dict[str, Any]:
-    function = called.__init__ if inspect.isclass(called) else called
     try:
-        return typing.get_type_hints(function)
+        return typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
     except Exception:  # names that exist for the type checker only; such hints are not checked
         return {}
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Return whether a config value can be what the type hint says; hints that a config cannot express pass."""
-    if hint is Any or (isinstance(value, str) and "${" in value):
-        return True
-    if isinstance(value, Mapping) and "_target_" in value:
-        return True
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin is typing.Annotated:
-        return fits(value, typing.get_args(hint)[0])
-    return _fits_plain(value, hint, origin or hint)
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def _fits_plain(value: Any, hint: Any, kind: Any) -> bool:
-    if kind in (None, type(None)):
-        return value is None
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    if kind in _SEQUENCES:
-        inner = [option for option in typing.get_args(hint) if option is not Ellipsis]
-        return isinstance(value, (list, tuple)) and all(any(fits(v, i) for i in inner or [Any]) for v in value)
-    if kind in _MAPPINGS:
-        return isinstance(value, Mapping)
-    if not inspect.isclass(kind):  # a type variable, say
-        return True
-    if kind.__module__.split(".")[0] == "torch":  # a tensor or a module, which a config cannot write down
-        return False
-    return isinstance(value, (str, Mapping))  # a path, an enum, a typed dictionary
+def _misfits(value: Any, hint: Any) -> dict[Place, list[ErrorDetails]]:
+    """Return where a value is not what a type hint says, as JSON: a config can express no more."""
+    try:
+        _adapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        found = by_place(error, value)
+        return {} if any(_is_open(details) for details in found.values()) else found
+    except Exception:  # a hint that pydantic has no schema for, a value that JSON has no word for
+        return {}
+    return {}
 
 
-def describe(hint: Any) -> str:
-    """Return a type hint as a user would write it."""
-    if hint in (None, type(None)):
-        return "null"
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(describe(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(repr(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) in _SEQUENCES:
-        return "a list of " + " or ".join(describe(option) for option in typing.get_args(hint))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(hint) or (hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint))
+def _is_target(node: Any) -> bool:
+    return isinstance(node, Mapping) and "_target_" in node
+
+
+def _targets_in(node: Any, place: Place) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    if _is_target(node):
+        yield place, node
+    elif isinstance(node, (Mapping, list)):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _targets_in(value, (*place, key))
+
+
+def _is_open(errors: Sequence[ErrorDetails]) -> bool:
+    """Return whether only the call can tell: a node to be built, an interpolation, a class that may read a text."""
+    value = errors[0]["input"]
+    is_object = isinstance(value, (str, Mapping)) and all(e["type"] == "needs_python_object" for e in errors)
+    return is_object or _is_target(value) or "${" in str(value)
+
+
+def by_place(error: ValidationError, data: Any) -> dict[Place, list[ErrorDetails]]:
+    """Group errors by where they lie in the data, the innermost counting; the members of a union are no places."""
+    places: dict[Place, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        place, found = detail["loc"], data
+        if detail["type"] not in ("missing", SAID):
+            place = ()
+            for key in detail["loc"]:
+                if (isinstance(found, Mapping) and key in found) or (isinstance(found, list) and isinstance(key, int)):
+                    place, found = (*place, key), found[key]
+        places.setdefault(place, []).append(detail)
+    return {place: found for place, found in places.items() if not any(p[:-1] == place for p in places if p)}
+
+
+def wanted(errors: Sequence[ErrorDetails]) -> str:
+    """Return what one place should hold, and the name that was meant."""
+    said, names = [], []
+    for error in errors:
+        context = error.get("ctx", {})
+        known = _WANTED.get(error["type"])
+        said.append(known.format(**context) if known else error["msg"].removeprefix("Input should be "))
+        names += re.findall(r"'(.*?)'", str(context.get("expected", "")))
+    return " or ".join(dict.fromkeys(said)) + did_you_mean(str(errors[0]["input"]), names, others=False)

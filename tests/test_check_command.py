@@ -183,7 +183,7 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     capsys.readouterr()
     assert exit_code(monkeypatch, tmp_path, "--help") == 0
     shown = capsys.readouterr().out
-    assert "random unit directions of each meta-parameter: 2" in shown
+    assert "num_directions: 2  " in shown
     assert all(f"\n  {code}  {verdict}" in shown for verdict, code in cli.EXIT_CODES.items())
     assert torch.is_grad_enabled()
 

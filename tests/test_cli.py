@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,20 @@ def result(folder: Path) -> dict[str, Any]:
 def test_shell_completion_does_not_import_torch() -> None:
     code = "import sys, metaopt.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_help_prints_every_chosen_file_with_its_comments(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("# My own model.\n_target_: mine.Model\n")
+    for option, comment in {"gpt2": "LoRA adapters alone", "mine": "# My own model."}.items():
+        done = command(tmp_path, "--config-dir", "conf", "--help", f"model={option}", "product=finite_difference")
+        assert done.returncode == 0, done.stderr
+        assert all(words in done.stdout for words in (comment, "select_every: 10 ", "relative step; null"))
+        assert re.search(r"^model: .*\bgpt2, .*\bmine\b", done.stdout, re.MULTILINE)
+        assert done.stdout.count("\nnum_steps: 5 ") == 2, (
+            "an option of a shared piece that a stage sets stands there once"
+        )
+        assert not re.search(r"_parts: |@_here_|\$\$|shared,", done.stdout)
 
 
 def test_the_experiments_are_found() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metaopt.config import prepare, with_facts
 from metaopt.errors import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
-GROUP_FILES = [path for path in FILES if len(path.parts) == 2]
+PARTS = [path for path in FILES if path.parts[0] == "_parts"]  # pieces of other files, no options
+GROUP_FILES = [path for path in FILES if len(path.parts) == 2 and path not in PARTS]
 
 FACTS = {
     "vocab_size": 40,
@@ -39,7 +41,15 @@ def _hydra() -> Iterator[None]:
 
 
 def prepared(*overrides: str) -> DictConfig:
-    return prepare(compose("config", overrides=list(overrides)), overrides)
+    return composed("config", overrides, overrides)
+
+
+def composed(name: str, overrides: Sequence[str], written: Sequence[str]) -> DictConfig:
+    config = compose(name, overrides=list(overrides), return_hydra_config=True)
+    choices = config.hydra.runtime.choices
+    with open_dict(config):
+        del config["hydra"]
+    return prepare(config, written, choices)
 
 
 def problems(*overrides: str) -> str:
@@ -76,7 +86,7 @@ def test_the_number_of_config_files() -> None:
         "stage": 3,
         "transform": 3,
     }
-    assert len(FILES) == sum(groups.values()) + 7  # config, check, fidelity, reference, the three help texts
+    assert len(FILES) == sum(groups.values()) + len(PARTS) + 6  # config, check, fidelity, the three help texts
 
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=str)
@@ -99,6 +109,28 @@ def test_every_file_says_what_it_is() -> None:
         text = (CONF / path).read_text()
         assert text.endswith("\n"), path
         assert text.startswith("#") or "_target_" in text or "help" in path.parts, path
+
+
+OPTION = re.compile(r"( *)(?:- )?([A-Za-z]\w*):( .*)?")
+
+
+def unexplained(text: str) -> Iterator[str]:
+    """Lines that set an option and have no comment, nor stand in a block that has one."""
+    explained: int | None = None
+    for line in re.sub(r"^(defaults|hydra):\n(  .*\n)+", "", text, flags=re.MULTILINE).splitlines():
+        found = OPTION.fullmatch(line)
+        if found is None or (explained is not None and len(found[1]) > explained):
+            continue
+        explained = len(found[1]) if "  # " in line else None
+        if explained is None and found[3]:
+            yield line
+
+
+def test_every_option_says_what_it_does() -> None:
+    assert list(unexplained("a: 1\nb: 2  # two\nc:  # three\n  d: 4\ne:\n  f: 5\n")) == ["a: 1", "  f: 5"]
+    for path in FILES:
+        if path.parts[0] not in ("hydra", "experiment", "debug"):
+            assert not list(unexplained((CONF / path).read_text())), path
 
 
 # --- shared parts -----------------------------------------------------------------------------------------------
@@ -198,7 +230,7 @@ def write(path: Path, *lines: str) -> None:
 def from_user(folder: Path, *overrides: str, name: str = "config") -> DictConfig:
     """Compose as `metaopt --config-dir FOLDER` does."""
     search = f"hydra.searchpath=[file://{folder}]"
-    return prepare(compose(name, overrides=[*overrides, search]), overrides)
+    return composed(name, [*overrides, search], overrides)
 
 
 def test_a_stage_in_the_middle(tmp_path: Path) -> None:
@@ -274,18 +306,23 @@ BAD = [
     (["trainer.select_every=0"], "must be at least 1"),
     (["trainer.select_every=null", "trainer.patience=2"], "trainer.patience needs trainer.select_every"),
     (["output.plots=perhaps"], "output.plots = 'perhaps': must be true or false"),
-    (["final.compare=[lerned]"], "must be a list of 'learned' or 'uniform'"),
+    (["final.compare=[lerned]"], "final.compare.0 = 'lerned': must be 'learned' or 'uniform' (did you mean"),
     (["stages.teacher.carry=sometimes"], "must be 'always' or 'never' or a whole number"),
-    (["stages.teacher.carry=0"], "must be at least 1"),
+    (["stages.teacher.carry=0"], "stages.teacher.carry = 0: must be 'always' or 'never' or at least 1"),
     (["stages.teacher.carry=never", "stages.teacher.warmup_steps=5"], "stages.teacher.warmup_steps would be lost"),
     (["stages.teacher.data=unlabeled"], "(did you mean 'unlabelled'?)"),
-    (["stages.teacher.data=test"], "must be 'train' or 'unlabelled' or 'validation'"),
+    (["stages.teacher.data=test"], "must be 'train', 'unlabelled' or 'validation'"),
     (["+trainer.meta_step=3"], "trainer.meta_step: there is no such option (did you mean 'meta_steps'?)"),
     (["+optimiser.lr=3"], "optimiser: there is no such option (did you mean 'optimizer'?)"),
     (["+stages.student.num_step=3"], "(did you mean 'num_steps'?)"),
     (["+optimizer.weight_decey=0"], "torch.optim.Adam takes no such argument (did you mean 'weight_decay'?)"),
     (["stages.student.optimizer.weight_decey=0"], "stages.student.optimizer.weight_decey: torch.optim.Adam"),
     (["optimizer.lr=fast"], "optimizer.lr = 'fast': torch.optim.Adam takes a number"),
+    (["model=mlp", "model.hidden_sizes=[64,x]"], "model.hidden_sizes.1 = 'x': metaopt.MLP takes a whole number"),
+    (["loss=terms", "loss.terms=5"], "loss.terms = 5: metaopt.SumOfLosses takes a mapping"),
+    (["loss=terms", "+loss.terms.labels.x=5"], "loss.terms.labels.x: metaopt.CrossEntropy takes no such argument"),
+    (["check.coordinates={logits: x}"], "check.coordinates.logits = 'x': must be a list"),
+    (["output=null"], "output = None: must be a mapping"),
     (["meta_optimizer.lr=fast"], "meta_optimizer.lr = 'fast': torch.optim.Adam takes a number"),
     (["chain=[teacher,studnt]"], "stages has no such stage (did you mean 'student'?)"),
     (["chain=[]"], "at least one stage is needed"),

@@ -131,4 +131,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     capsys.readouterr()
     with pytest.raises(SystemExit):
         command("--help")
-    assert "point_every    10" in capsys.readouterr().out
+    assert "point_every: 10" in capsys.readouterr().out
