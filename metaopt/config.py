@@ -42,7 +42,7 @@ def prepare(
     problems = list(_unreached(raw, taken, overrides, choices or {}))
     _apply_limits(raw)
     filled = OmegaConf.create(raw)
-    plain, unresolved = _resolved(raw, filled)
+    plain, unresolved = _resolved(raw, filled, bool(raw.get("facts")))
     problems += [*unresolved, *problems_of(plain, untouched)]
     _raise_if_any(problems)
     return filled
@@ -55,20 +55,14 @@ def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
         ConfigError: lists every fact that the config asks for and the data do not give.
     """
     raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
-    known = {name: value for name, value in facts.items() if value is not None}
-    unused = set(SHARED_PARTS) | {"facts"}
-    asked = [(path, fact) for path, text in _texts(raw) for fact in FACT.findall(text)]
-    missing = [f"{p} asks for facts.{f}" for p, f in asked if p.split(".")[0] not in unused and f not in known]
-    if missing:
-        gives = f"the data set gives only: {', '.join(known) or 'none'}"
-        _raise_if_any(
-            [*missing, f"{gives}; choose options that fit it (model, handover, meta_params), or let it give more"]
-        )
-    raw["facts"] = known
+    raw["facts"] = {name: value for name, value in facts.items() if value is not None}
     filled = OmegaConf.create(raw, flags={"allow_objects": True})
-    plain, unresolved = _resolved(raw, filled)
-    unresolved = [problem for problem in unresolved if problem.split(".")[0] not in unused]
-    _raise_if_any([*unresolved, *problems_of(plain, {})])
+    plain, unresolved = _resolved(raw, filled, True)
+    problems = [problem for problem in unresolved if problem.split(".")[0] not in (*SHARED_PARTS, "facts")]
+    if any("facts." in problem for problem in problems):
+        gives = f"the data set gives only: {', '.join(raw['facts']) or 'none'}"
+        problems += [f"{gives}; choose options that fit it (model, handover, meta_params), or let it give more"]
+    _raise_if_any([*problems, *(problems_of(plain, {}) if not problems else ())])
     return filled
 
 
@@ -153,10 +147,9 @@ def _unreached(raw: Raw, taken: set[str], overrides: Sequence[str], choices: Map
 def _as_chosen(part: str, raw: Raw, choices: Mapping[str, str | None]) -> Any:
     """Return a shared part as the chosen option's own file has it; as it is now, where that cannot be told."""
     try:
-        chosen = compose(f"{part}/{choices[part]}")
+        return value_at(OmegaConf.to_container(compose(f"{part}/{choices[part]}"), resolve=False), part)
     except (KeyError, HydraException):  # no such choice, or an option of a user's folder that only this config knows
         return raw.get(part)
-    return OmegaConf.to_container(chosen, resolve=False)[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _changes(before: Any, after: Any, path: str) -> Iterator[str]:
@@ -180,8 +173,8 @@ def _apply_limits(raw: Raw) -> None:
 # --- interpolations ---------------------------------------------------------------------------------------------
 
 
-def _resolved(raw: Raw, config: DictConfig) -> tuple[Raw, list[str]]:
-    """Return the config as plain containers, all interpolations but those of facts resolved, and what cannot be."""
+def _resolved(raw: Raw, config: DictConfig, facts_are_known: bool) -> tuple[Raw, list[str]]:
+    """Return the config as plain containers, interpolations (of known facts too) resolved, and what cannot be."""
     problems: list[str] = []
 
     def resolve(node: Any, parent: Any, key: Any, path: str) -> Any:
@@ -189,21 +182,15 @@ def _resolved(raw: Raw, config: DictConfig) -> tuple[Raw, list[str]]:
             return {k: resolve(v, parent[key], k, f"{path}.{k}") for k, v in node.items()}
         if isinstance(node, list):
             return [resolve(v, parent[key], i, f"{path}.{i}") for i, v in enumerate(node)]
-        if not isinstance(node, str) or "${" not in node or (FACT.search(node) and not config.get("facts")):
+        if not isinstance(node, str) or "${" not in node or (FACT.search(node) and not facts_are_known):
             return node
         try:
             value = parent[key]
         except OmegaConfBaseException as error:
-            problems.append(f"{path} = {node}: {str(error).splitlines()[0]}")
+            asked = FACT.findall(node)
+            reason = f"asks for facts.{', facts.'.join(asked)}" if asked else f"= {node}: {str(error).splitlines()[0]}"
+            problems.append(f"{path} {reason}")
             return node
         return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
     return {key: resolve(value, config, key, key) for key, value in raw.items()}, problems
-
-
-def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    pairs = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in pairs:
-        yield from _texts(value, f"{path}.{key}" if path else str(key))
-    if isinstance(node, str):
-        yield path, node

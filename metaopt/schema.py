@@ -49,14 +49,15 @@ Targets = Annotated[Any, PlainValidator(_check_one_or_named)]
 
 
 class Section(BaseModel):
-    """A part of the config whose options are fixed; a default stands for an option that may be left out."""
+    """A part of the config whose options are fixed; a default stands for an option that may be left out.
+
+    What each option does is said where its value stands, in `conf/`.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class StageSchema(Section):
-    """`stages.<name>`."""
-
     data: Literal["train", "unlabelled", "validation"]
     model: Target
     optimizer: Called
@@ -75,8 +76,6 @@ class StageSchema(Section):
 
 
 class TrainerSchema(Section):
-    """`trainer`."""
-
     meta_steps: CountOrZero
     seed: CountOrZero = 0
     device: str = "cpu"
@@ -90,25 +89,19 @@ class TrainerSchema(Section):
 
 
 class FinalSchema(Section):
-    """`final`: fresh models trained with A frozen."""
-
     compare: list[Literal["learned", "uniform"]]
     num_steps: Count | None = None
     save_models: bool = False
 
 
 class OutputSchema(Section):
-    """`output`."""
-
     save_models: bool = True
     plots: bool = True
 
 
 class CheckSchema(Section):
-    """`check`: what `metaopt-check` compares."""
-
     num_directions: CountOrZero = 2
-    coordinates: Literal["few"] | dict[str, list[int]] | None = "few"
+    coordinates: Literal["few"] | dict[str, Any] | None = "few"
     steps: list[float] = []
     tolerance: Annotated[float, Field(ge=0)] = 1e-4
     warmup_steps: CountOrZero | None = None
@@ -118,8 +111,6 @@ class CheckSchema(Section):
 
 
 class FidelitySchema(Section):
-    """`fidelity`: what `metaopt-fidelity` compares."""
-
     estimators: dict[str, Target]
     warmup_steps: CountOrZero | None = None
     meta_steps: CountOrZero = 0
@@ -129,8 +120,6 @@ class FidelitySchema(Section):
 
 
 class LimitsSchema(Section):
-    """`limits`."""
-
     num_steps: Count | None = None
     batches: Count | None = None
 

@@ -174,12 +174,13 @@ def by_place(error: ValidationError, data: Any) -> dict[Place, list[ErrorDetails
     """Group errors by where they lie in the data, the innermost counting; the members of a union are no places."""
     places: dict[Place, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        place, found = detail["loc"], data
+        place, found = detail["loc"], data  # ours, and what is missing, need not be in the data
         if detail["type"] not in ("missing", SAID):
             place = ()
             for key in detail["loc"]:
-                if (isinstance(found, Mapping) and key in found) or (isinstance(found, list) and isinstance(key, int)):
-                    place, found = (*place, key), found[key]
+                inner: Any = dict(enumerate(found)) if isinstance(found, list) else found
+                if isinstance(inner, Mapping) and key in inner:
+                    place, found = (*place, key), inner[key]
         places.setdefault(place, []).append(detail)
     return {place: found for place, found in places.items() if not any(p[:-1] == place for p in places if p)}
 

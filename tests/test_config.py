@@ -321,7 +321,7 @@ BAD = [
     (["model=mlp", "model.hidden_sizes=[64,x]"], "model.hidden_sizes.1 = 'x': metaopt.MLP takes a whole number"),
     (["loss=terms", "loss.terms=5"], "loss.terms = 5: metaopt.SumOfLosses takes a mapping"),
     (["loss=terms", "+loss.terms.labels.x=5"], "loss.terms.labels.x: metaopt.CrossEntropy takes no such argument"),
-    (["check.coordinates={logits: x}"], "check.coordinates.logits = 'x': must be a list"),
+    (["check.steps=[1e-3, x]"], "check.steps.1 = 'x': must be a number"),
     (["output=null"], "output = None: must be a mapping"),
     (["meta_optimizer.lr=fast"], "meta_optimizer.lr = 'fast': torch.optim.Adam takes a number"),
     (["chain=[teacher,studnt]"], "stages has no such stage (did you mean 'student'?)"),
@@ -385,6 +385,11 @@ def test_missing_facts_are_named() -> None:
         with_facts(prepared("handover=soft_labels"), {**few, "num_sources": None})
     assert "meta_params.num_sources asks for facts.num_sources" in str(caught.value)
     assert "gives only: num_features, num_labels, num_examples" in str(caught.value)
+
+
+def test_data_without_facts() -> None:
+    with pytest.raises(ConfigError, match=r"meta_params.num_sources asks for facts.num_sources(.|\n)*gives only: none"):
+        with_facts(prepared(), {})
 
 
 def test_facts_of_a_wrong_type_are_found() -> None:
