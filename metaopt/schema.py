@@ -80,7 +80,7 @@ class TrainerSchema(Section):
     seed: CountOrZero = 0
     device: str = "cpu"
     dtype: Literal["float32", "float64"] = "float32"
-    num_threads: int | None = at_least(1, 1)
+    num_threads: Count | None = 1
     check_first_step: bool = True
     select_every: Count | None = None
     patience: Count | None = None

@@ -198,15 +198,6 @@ def test_a_column_of_texts_costs_no_capture(captures):
     assert len(captures) == 1
 
 
-def test_texts_that_differ_from_step_to_step_are_not_frozen():
-    """A column of ids would have every step captured anew."""
-    batches: list[Any] = [{**batch, "note": [f"{i}"] * 5} for i, batch in enumerate(feature_batches(2))]
-    chains = [one_stage(batches=batches, estimator=e) for e in (Unrolled(), Checkpointed(Captured()))]
-    phi = example_weights()
-    with pytest.warns(RuntimeWarning, match="texts in the batch that differ from step to step"):
-        assert relative_error(found(chains[1], phi), found(chains[0], phi)) < EXACT
-
-
 @pytest.mark.parametrize("which", [0, 1], ids=["gradient", "product"])
 def test_a_wrong_first_result_is_found_out(which, monkeypatch):
     """Of either of the two graphs: the one before u is known, and the one after."""
