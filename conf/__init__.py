@@ -7,8 +7,8 @@ not a YAML file because its node must stay open: `stages.student.optimizer.lr=1e
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from metaopt import help as config_help
-from metaopt.config import SHARED
+from metaopt.app import help as config_help
+from metaopt.app.config import SHARED
 
 
 def _shared(source: str) -> DictConfig:

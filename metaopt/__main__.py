@@ -1,5 +1,5 @@
 """`python -m metaopt`."""
 
-from metaopt.cli import main
+from metaopt.app.cli import main
 
 main()

@@ -14,21 +14,21 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metaopt.accumulation import mean_meta_loss
-from metaopt.chain import Chain, TrainedChain
-from metaopt.data.streams import BatchStream
-from metaopt.diagnostics.backward import backward, entries
+from metaopt.base.errors import ConfigError, MissingPathError, NonFiniteError, did_you_mean
+from metaopt.base.random_state import derived_seed, draw_seed, seeded
+from metaopt.base.ranges import check_counts
+from metaopt.base.streams import BatchStream
+from metaopt.base.telling import require_arguments
+from metaopt.core.chain import Chain, TrainedChain
+from metaopt.core.contracts import MetaObjective, evaluate, require_scalar
+from metaopt.core.graphs import entries
+from metaopt.core.hypergradient import accumulate, hypergradient
+from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.diagnostics.explain import explained
 from metaopt.diagnostics.non_finite import located
-from metaopt.errors import ConfigError, MissingPathError, NonFiniteError, did_you_mean
-from metaopt.losses import require_scalar
-from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
-from metaopt.objectives import MetaObjective, evaluate
-from metaopt.pipeline import as_trained
+from metaopt.losses.mean import mean_meta_loss
+from metaopt.losses.pipeline import as_trained
 from metaopt.progress import progress_bar
-from metaopt.random_state import derived_seed, draw_seed, seeded
-from metaopt.ranges import check_counts
-from metaopt.telling import require_arguments
 
 _LOOK = 1  # what a seed is derived for, beside the meta-losses
 Carry = str | int  # "always", "never", or N: start anew after every N meta-steps
@@ -178,38 +178,55 @@ class MetaTrainer:
         Raises:
             NonFiniteError, MissingPathError: before the meta-parameters move.
         """
-        trained = self.chain.unroll(self.meta_params)
-        meta_loss = self._meta_loss(trained)
-        meta_loss = require_scalar(meta_loss, f"the meta-objective {type(self.objective).__name__}", needs_graph=False)
-        record = {"meta_step": self.step + 1, "meta_loss": meta_loss.item()}
-        if self.learns and self.meta_optimizer is not None:
+        trained = self.chain.unroll(self.meta_params)  # every stage's inner loop, in the graph or stored
+        meta_loss = self.meta_loss(trained)  # on the next validation batches
+        found = self.differentiate(meta_loss)  # one backward; what is wrong is located and explained here
+        self.update(found, trained)  # meta-optimizer, commit, resets, streams
+        record = {"meta_step": self.step, "meta_loss": meta_loss.item()}
+        if found:
+            record["hypergradient_norm"] = torch.cat([entries(g).flatten() for g in found.values()]).norm().item()
+        return trained, record | {f"inner_loss/{name}": losses[-1].item() for name, losses in trained.losses.items()}
+
+    def meta_loss(self, trained: TrainedChain) -> Tensor:
+        """Return the meta-loss of trained models on the next validation batches; the stream stays where it is."""
+        with seeded(derived_seed(self.seed, self.step)):
+            if self.validation_batches == 1:
+                found = evaluate(self.objective, trained, self.next_batch(), self.meta_params)
+            else:
+                batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
+                found = mean_meta_loss(self.objective, trained, batches, self.meta_params)
+        return require_scalar(found, f"the meta-objective {type(self.objective).__name__}", needs_graph=False)
+
+    def differentiate(self, meta_loss: Tensor) -> dict[str, Tensor]:
+        """Return the hypergradient by name, empty where there is nothing to learn.
+
+        Raises:
+            NonFiniteError, MissingPathError: with the stage, the step and the line where it is lost.
+        """
+        if not self.learns:
+            if not bool(meta_loss.detach().isfinite()):
+                raise NonFiniteError(f"the meta-loss is {meta_loss.item()}; lower the inner learning rate")
+            return {}
+        try:
+            return hypergradient(meta_loss, self.meta_params)
+        except MissingPathError as error:
+            raise explained(error, self.chain, self.objective, self.next_batch(), self.meta_params) from error
+        except NonFiniteError as error:
+            raise located(error, self.chain, self.meta_loss, self.meta_params) from error
+
+    def update(self, found: Mapping[str, Tensor], trained: TrainedChain) -> None:
+        """Move the meta-parameters by their hypergradient, carry the stages on or start them anew, pass the batches."""
+        if found and self.meta_optimizer is not None:
             self.meta_optimizer.zero_grad()
-            try:
-                grads = backward(meta_loss, self.meta_params)
-            except MissingPathError as error:
-                raise explained(error, self.chain, self.objective, self.next_batch(), self.meta_params) from error
-            except NonFiniteError as error:
-                raise located(error, self.chain, self._meta_loss, self.meta_params) from error
+            accumulate(found, self.meta_params)
             self.meta_optimizer.step()
-            record["hypergradient_norm"] = torch.cat([entries(g).flatten() for g in grads.values()]).norm().item()
-        elif not bool(meta_loss.detach().isfinite()):
-            raise NonFiniteError(f"the meta-loss is {meta_loss.item()}; lower the inner learning rate")
-        record |= {f"inner_loss/{name}": losses[-1].item() for name, losses in trained.losses.items()}
         self.validation.advance(self.validation_batches)
         self.step += 1
         self.chain.commit(trained)
         self.chain.reset([name for name, period in self.carry.items() if period and self.step % period == 0])
-        return trained, record
 
     def _is_look(self, step: int, meta_steps: int) -> bool:
         return self.selection is not None and (step % self.selection.every == 0 or step == meta_steps)
-
-    def _meta_loss(self, trained: TrainedChain) -> Tensor:
-        with seeded(derived_seed(self.seed, self.step)):
-            if self.validation_batches == 1:
-                return evaluate(self.objective, trained, self.next_batch(), self.meta_params)
-            batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
-            return mean_meta_loss(self.objective, trained, batches, self.meta_params)
 
     def _meta_state(self) -> dict[str, Any]:
         return {name: copy.deepcopy(module.state_dict()) for name, module in as_named(self.meta_params).items()}

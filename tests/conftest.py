@@ -9,6 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test looks for anything on a 
 import pytest
 import torch
 
+import metaopt
+
+assert metaopt.Muon
+assert metaopt.Adafactor  # each enters the table of supported optimizers when it is imported, as a plug-in would
+
 torch.set_num_threads(1)
 
 

@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_and_the_configs(wheel: Path) -> None:
     assert wheel.name.startswith("metaopt_chain-")
     assert CONFIGS
     assert {f"metaopt/{path}" for path in CONFIGS} <= names
-    assert {"metaopt/conf/__init__.py", "metaopt/py.typed", "metaopt/__init__.pyi", "metaopt/cli.py"} <= names
+    assert {"metaopt/conf/__init__.py", "metaopt/py.typed", "metaopt/__init__.pyi", "metaopt/app/cli.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "conf/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -60,7 +60,7 @@ def test_the_sdist_holds_the_configs(tmp_path: Path) -> None:
     call(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path), cwd=ROOT)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
-    assert {*CONFIGS, "conf/__init__.py", "metaopt/cli.py", "tests/test_packaging.py", "Makefile"} <= names
+    assert {*CONFIGS, "conf/__init__.py", "metaopt/app/cli.py", "tests/test_packaging.py", "Makefile"} <= names
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_every_public_name_can_be_imported():
     assert dir(metaopt) == metaopt.__all__
     for name in metaopt.__all__:
         found = getattr(metaopt, name)
-        assert found.__name__ == name
+        assert found.__name__.removeprefix("metaopt.") == name
         assert found.__doc__, f"metaopt.{name} has no docstring"
 
 
@@ -85,12 +85,12 @@ def test_unknown_names_are_refused():
 
 
 def test_only_two_modules_import_higher():
-    assert {path.name for path in MODULES if "higher" in imported_by(path)} == {"functional.py", "optimizers.py"}
+    assert {path.name for path in MODULES if "higher" in imported_by(path)} == {"view.py", "rule.py"}
 
 
 def test_the_package_imports_neither_tests_nor_experiments():
     assert len(MODULES) > 15
-    tests = {path.stem for path in Path(__file__).parent.glob("*.py")}
+    tests = {path.stem for path in (Path(__file__).parent / "support").glob("*.py")}
     for path in MODULES:
         assert not imported_by(path) & ({"tests", "experiments", "pytest"} | tests), path
 

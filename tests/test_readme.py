@@ -15,7 +15,7 @@ import torch
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 import metaopt
-from metaopt import cli
+from metaopt.app import cli
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

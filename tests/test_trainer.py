@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from chains import full_chain
 from small import (
     SGD,
     assert_same,
@@ -20,40 +20,11 @@ from small import (
     feature_batches,
     one_stage,
 )
-from test_chain import full_chain, shuffled
 from torch import Tensor
+from trainers import META, learned, trainer
 
 import metaopt
-from metaopt.trainer import MetaTrainer, Selection
-
-META = functools.partial(torch.optim.Adam, lr=0.3)
-
-
-def trainer(chain: metaopt.Chain | None = None, meta_params: Any = None, **options: Any) -> MetaTrainer:
-    """A trainer over the full chain: shuffled validation data, Adam for A."""
-    chain = chain or full_chain()
-    weights = meta_params or example_weights()
-    settings: dict[str, Any] = {"validation": shuffled(), "seed": 6}
-    if "meta_optimizer" not in options:
-        settings["meta_optimizer"] = META(weights.parameters())
-    objective = options.pop("objective", None) or metaopt.ValidationLoss(list(chain.stages)[-1])
-    return MetaTrainer(chain, objective, weights, **{**settings, **options})
-
-
-def learned(run: MetaTrainer) -> Tensor:
-    return run.meta_params.logits.detach().clone()  # type: ignore[union-attr, operator]
-
-
-def saved(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
+from metaopt.trainer import Selection
 
 # --- a meta-step
 

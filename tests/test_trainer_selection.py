@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from chains import full_chain
 from small import assert_same, chain_state, feature_batches, tensors_of
-from test_trainer import full_chain, learned, saved, trainer, without_seconds
 from torch import Tensor
+from trainers import learned, saved, trainer, without_seconds
 
 import metaopt
 from metaopt.trainer import Selection

@@ -21,7 +21,7 @@ from contestants import BY_NAME, Contestant, UnavailableError
 from torch import Tensor
 from work import Spec, Work, build
 
-from metaopt.meters import count_flops, peak_bytes, resident_peak
+from metaopt.diagnostics.meters import count_flops, peak_bytes, resident_peak
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "reference"

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import metaopt
 from metaopt.examples.forum_thread import VOCABULARY, GlobalScale, Step1, Step2, Step3, data, inputs, score
-from metaopt.models import encoder_decoder
+from metaopt.models.small import encoder_decoder
 
 RATE = 1e-3
 

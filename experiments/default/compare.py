@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import metaopt
-from metaopt import build
-from metaopt.chain import Chain
-from metaopt.config import prepare, with_facts
-from metaopt.final import auc, weight_quality, weights_of
-from metaopt.losses import cross_entropy_per_example, logits_of, model_inputs
-from metaopt.meta_params import AnyMetaParameters
+from metaopt.app import build
+from metaopt.app.config import prepare, with_facts
+from metaopt.app.final import auc, weight_quality, weights_of
+from metaopt.core.chain import Chain
+from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.losses.logits import cross_entropy_per_example, logits_of, model_inputs
 
 LEARNED, UNIFORM, ORACLE, CLEAN = "learned", "uniform", "oracle mask", "validation data alone"
 

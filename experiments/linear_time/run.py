@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 import metaopt
-from metaopt.losses import cross_entropy_per_example, model_inputs, soft_label_loss
+from metaopt.losses.distillation import soft_label_loss
+from metaopt.losses.logits import cross_entropy_per_example, model_inputs
 
 BATCH, LENGTH, VOCABULARY = 8, 16, 40
 Batch = dict[str, Tensor]

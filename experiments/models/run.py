@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 import metaopt
-from metaopt.auto_models import Kind, from_config, from_pretrained
-from metaopt.losses import logits_of, model_inputs
+from metaopt.losses.logits import logits_of, model_inputs
+from metaopt.models.hugging_face import Kind, from_config, from_pretrained
 
 VOCABULARY, LENGTH, BATCH, CLASSES, WIDTH = 11, 5, 2, 3, 8
 FACTS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

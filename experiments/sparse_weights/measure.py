@@ -20,7 +20,7 @@ import time
 import torch
 
 import metaopt
-from metaopt.models import MLP
+from metaopt.models.small import MLP
 
 FEATURES, BATCH, INNER_STEPS, META_STEPS = 64, 64, 5, 33
 

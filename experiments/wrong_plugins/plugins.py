@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metaopt
-from metaopt.losses import logits_of, model_inputs
+from metaopt.losses.logits import logits_of, model_inputs
 
 
 class DetachedNormaliser(metaopt.InnerLoss):

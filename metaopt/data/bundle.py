@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.errors import ConfigError, did_you_mean
+from metaopt.base.errors import ConfigError, did_you_mean
 
 STREAMS = ("train", "unlabelled", "validation", "selection", "test")
 

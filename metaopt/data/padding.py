@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from metaopt.losses import IGNORED
+from metaopt.losses.logits import IGNORED
 
 Row = Mapping[str, Any]
 

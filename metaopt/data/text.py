@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.base.ranges import check_counts
 from metaopt.data.bundle import STREAMS, DataBundle
 from metaopt.data.padding import loader
 from metaopt.data.text_files import LABELLED, Columns, Reader, Where, refuse_overlap, refuse_same_files
@@ -19,8 +21,6 @@ from metaopt.data.text_tokens import (
     end_token,
     load_tokenizer,
 )
-from metaopt.errors import ConfigError, did_you_mean
-from metaopt.ranges import check_counts
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metaopt.errors import ConfigError, did_you_mean
+from metaopt.base.errors import ConfigError, did_you_mean
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 LABELLED = ("train", "validation", "selection", "test")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.data.decoding import Batch, evaluating, greedy_decode, to_model
+from metaopt.base.errors import ConfigError
 from metaopt.data.padding import filled
-from metaopt.errors import ConfigError
-from metaopt.losses import IGNORED, logits_of, model_inputs
+from metaopt.losses.decoding import Batch, evaluating, greedy_decode, to_model
+from metaopt.losses.logits import IGNORED, logits_of, model_inputs
 
 Shown = list[tuple[str, str, str]]
 

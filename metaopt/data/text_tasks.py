@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from metaopt.data.decoding import accuracy_score, sequence_score
+from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.data.padding import Collator
 from metaopt.data.text_files import LABELLED, Columns
 from metaopt.data.text_scores import causal_answers, causal_score, class_answers, sequence_answers
 from metaopt.data.text_tokens import Lengths, begin_token, end_token
-from metaopt.errors import ConfigError, did_you_mean
+from metaopt.losses.decoding import accuracy_score, sequence_score
 
 
 @dataclass(frozen=True)

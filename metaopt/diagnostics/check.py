@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import metaopt
-from metaopt.chain import Chain
+from metaopt.base.errors import ConfigError, MetaoptError, StageError, did_you_mean
+from metaopt.base.random_state import seeded
+from metaopt.core.chain import Chain
+from metaopt.core.contracts import MetaObjective
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.backward import hypergradient
 from metaopt.diagnostics.check_result import CheckResult, CheckRow
 from metaopt.diagnostics.differences import NUM_NOISE_RUNS, Pipeline, Sweep, check_steps, sweep
 from metaopt.diagnostics.precision import AllInFloat64, Watch
-from metaopt.errors import ConfigError, MetaoptError, StageError, did_you_mean
-from metaopt.meta_params import AnyMetaParameters, named_tensors
-from metaopt.objectives import MetaObjective
-from metaopt.random_state import seeded
 
 STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
 Coordinates = Mapping[str, Sequence[int]]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.guards import left_out
+from metaopt.core.guards import left_out
 
 Verdict = Literal["agrees", "undecided", "differs"]
 MOST_NAMED = 3  # places that a remark names

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.telling import BENEATH, LIBRARIES
+from metaopt.base.telling import BENEATH, LIBRARIES
 
 Kind = Literal["severed", "stepwise", "choice"]
 Source = tuple[str, str]  # ("meta-parameter" or "stage", its name)
@@ -21,7 +21,7 @@ INITIAL, OVERRIDES, OBJECTIVE = "the initial weights", "the overrides", "the met
 NO_GRAD = "torch.no_grad()"
 WRITTEN = "in the stage's loss, from upstream[...]: a hand-over writes without a graph"
 _TRACKED_FROM, _TRACKER = "metaopt.diagnostics.readings", "metaopt.diagnostics.marks"
-_ON_REQUEST = ("metaopt.functional", "detach")  # the one cut of this library that a user asks for
+_ON_REQUEST = ("metaopt.core.view", "detach")  # the one cut of this library that a user asks for
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaopt.chain import Chain, TrainedChain
-from metaopt.errors import ConfigError
-from metaopt.guards import moved_buffers
-from metaopt.meta_params import AnyMetaParameters, as_named, named_tensors
-from metaopt.objectives import MetaObjective, evaluate
-from metaopt.random_state import seeded
+from metaopt.base.errors import ConfigError
+from metaopt.base.random_state import seeded
+from metaopt.core.chain import Chain, TrainedChain
+from metaopt.core.contracts import MetaObjective, evaluate
+from metaopt.core.guards import moved_buffers
+from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
 
 NUM_NOISE_RUNS = 9  # of `Pipeline.noise`
 _FINE, _COARSE = 1e-6, 1e-4  # spacings

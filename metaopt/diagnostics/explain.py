@@ -10,19 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.chain import Chain
+from metaopt.base.errors import MissingPathError
+from metaopt.core.chain import Chain
+from metaopt.core.contracts import MetaObjective
+from metaopt.core.graphs import signatures
+from metaopt.core.hypergradient import WHERE
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.core.view import FunctionalModel
 from metaopt.diagnostics.cuts import HAND_OVER, Cut, Source
 from metaopt.diagnostics.readings import META_LOSS, Reading, read_chain
-from metaopt.errors import MissingPathError
-from metaopt.functional import FunctionalModel
-from metaopt.graphs import signatures
-from metaopt.meta_params import AnyMetaParameters, named_tensors
-from metaopt.objectives import MetaObjective
 
-WHERE = (
-    "No loss or objective reads it, or argmax, .detach(), .item(), torch.no_grad() or torch.tensor(...) stands between "
-    "it and the loss; at which line, says print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
-)
 _UNSEEN = (
     "What the meta-objective cuts is not in this graph, nor what an estimator leaves out by design: "
     "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params)) looks there too"

@@ -15,20 +15,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaopt.chain import Chain
+from metaopt.base.errors import ConfigError, MissingPathError, StageError
+from metaopt.base.random_state import seeded
+from metaopt.base.ranges import check_counts
+from metaopt.core.chain import Chain
+from metaopt.core.contracts import Estimator, MetaObjective, Upstream, evaluate
+from metaopt.core.inner_loop import InnerLoop, InnerResult
+from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.core.unrolled import Unrolled
 from metaopt.diagnostics.backward import hypergradient
 from metaopt.diagnostics.check import _explained
 from metaopt.diagnostics.differences import Pipeline
 from metaopt.diagnostics.fidelity_result import Cost, Deviation, FidelityResult, FidelityRow
+from metaopt.diagnostics.meters import count_flops, peak_bytes
 from metaopt.diagnostics.precision import Watch
-from metaopt.errors import ConfigError, MissingPathError, StageError
-from metaopt.estimators import Checkpointed, Estimator, FiniteDifference, Product, Truncated, Unrolled
-from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
-from metaopt.meta_params import AnyMetaParameters
-from metaopt.meters import count_flops, peak_bytes
-from metaopt.objectives import MetaObjective, evaluate
-from metaopt.random_state import seeded
-from metaopt.ranges import check_counts
+from metaopt.estimators.checkpointed import Checkpointed, Truncated
+from metaopt.estimators.products.base import Product
+from metaopt.estimators.products.finite_difference import FiniteDifference
 
 OWN, PLAIN = "as configured", ""  # the chain's own estimators; training without one
 T = TypeVar("T")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.base.errors import StageError
+from metaopt.core.inner_loop import InnerLoop
 from metaopt.diagnostics.cuts import LOSS, TRANSFORM
 from metaopt.diagnostics.marks import Watch
-from metaopt.errors import StageError
-from metaopt.inner_loop import InnerLoop
 
 
 class Step:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +14,23 @@ import torch
 from torch import Tensor
 
 import metaopt
-from metaopt.chain import Chain, TrainedChain
-from metaopt.diagnostics.backward import entries
-from metaopt.errors import NonFiniteError
-from metaopt.estimators.products import DoubleBackward
+from metaopt.base.errors import NonFiniteError
+from metaopt.core.chain import Chain, TrainedChain
+from metaopt.core.contracts import Upstream
+from metaopt.core.graphs import nodes
+from metaopt.core.inner_loop import InnerLoop
+from metaopt.core.meta_params import AnyMetaParameters, as_modules, named_tensors
+from metaopt.core.non_finite import LOOK, _broken
+from metaopt.core.view import FunctionalModel, Models
 from metaopt.estimators.products.base import Loss, Pullback, Wanted, leaves, linearized
+from metaopt.estimators.products.double_backward import DoubleBackward
+from metaopt.estimators.step_loss import Key
 from metaopt.estimators.stores import StepRecord
-from metaopt.estimators.sweep import Key, Sweep
+from metaopt.estimators.sweep import Sweep
 from metaopt.estimators.update_vjp import Below
-from metaopt.functional import FunctionalModel, Models
-from metaopt.graphs import nodes
-from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream
-from metaopt.meta_params import AnyMetaParameters, as_modules, named_tensors
 
 Tensors = dict[str, Tensor]
 Cotangents = dict[Key, Tensor]
-LOWER = "lower the inner learning rate, or clip: Stage(..., transform=metaopt.ClipNorm(1.0))"
-LOOK = "look for a root or norm at 0, a log of 0 or 0/0 in the loss"
-
-
-def first_in_training(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> str | None:
-    """Run a stage's steps once more, looking at each, and say what stops being finite first; None if nothing does."""
-    broken = _broken(named_tensors(meta_params))
-    if broken:
-        return f"meta-parameter {broken} is not finite before the first inner step; lower the meta-learning rate"
-    with torch.no_grad():
-        start = loop.start({name: loop.structure.params[name] for name in loop.rule.names}, meta_params, upstream)
-    if _broken(start):
-        return f"parameter {_broken(start)} is not finite before the first inner step"
-    models = Models({name: model.detach() for name, model in upstream.items()})
-    steps = PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
-    of_all = f"of {loop.total or loop.num_steps}"
-    for t in range(loop.num_steps):
-        where, largest = f"inner step {loop.offset + t} {of_all}", _largest(steps.weights())
-        loss, gradients = steps.gradient(t)
-        if not bool(loss.isfinite()):
-            return (
-                f"the inner loss is {loss.item()} at {where}, with finite weights of up to {largest:.3g}; where they "
-                f"grow, {LOWER}; otherwise {LOOK} or what is not finite in the batch"
-            )
-        if _broken(gradients):
-            return (
-                f"the inner gradient of {_broken(gradients)} is not finite at {where}, though the loss is "
-                f"{loss.item():.6g}; {LOOK}"
-            )
-        steps.update(t, gradients)
-        if _broken(steps.weights()):
-            taken = loop.offset + t + 1
-            return f"parameter {_broken(steps.weights())} is not finite after {taken} inner steps {of_all}; {LOWER}"
-    return None
 
 
 def locate_non_finite(
@@ -194,13 +162,3 @@ def _line_of(node: Any) -> str:
         if node is None and own:
             return f", at {own[-1][0]}:{own[-1][1]}: `{own[-1][2]}`"
     return ""
-
-
-def _broken(tensors: Mapping[Any, Tensor | None]) -> str:
-    """Name the tensors that are not finite, or return an empty string."""
-    bad = [key for key, t in tensors.items() if t is not None and not bool(entries(t.detach()).isfinite().all())]
-    return ", ".join(repr(key) for key in bad[:3]) + (", …" if len(bad) > 3 else "")
-
-
-def _largest(tensors: Mapping[str, Tensor]) -> float:
-    return max((float(t.abs().max()) for t in tensors.values() if t.numel()), default=0.0)

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.chain import Chain, TrainedChain
+from metaopt.base.random_state import seeded
+from metaopt.core.chain import Chain, TrainedChain
+from metaopt.core.contracts import require_scalar
+from metaopt.core.graphs import entries
+from metaopt.core.inner_loop import InnerLoop, InnerResult
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.core.plain import PlainSteps
+from metaopt.core.stage import Stage
+from metaopt.core.view import FunctionalModel, Models
 from metaopt.diagnostics.cuts import HAND_OVER, INITIAL, LOSS, OBJECTIVE, OVERRIDES, Cut, Source
 from metaopt.diagnostics.inner_step import Step, mixed
 from metaopt.diagnostics.marks import Watch, tensors_in
 from metaopt.diagnostics.shaking import alike
-from metaopt.functional import FunctionalModel, Models
-from metaopt.graphs import entries
-from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps
-from metaopt.losses import require_scalar
-from metaopt.meta_params import AnyMetaParameters, named_tensors
-from metaopt.random_state import seeded
-from metaopt.stage import Stage
 
 _LOOKS = 3  # inner steps in which a value is given another one, to see whether it is more than a log
 META_LOSS: Source = ("", "meta-loss")

@@ -1,10 +1,13 @@
 """How a stage is differentiated, apart from how it is run."""
 
-from metaopt.estimators.base import Estimator
+from metaopt.core.contracts import Estimator
+from metaopt.core.unrolled import Unrolled
 from metaopt.estimators.checkpointed import Checkpointed, FirstOrder, OneStep, Truncated
 from metaopt.estimators.fixed_point import ConjugateGradient, Neumann
-from metaopt.estimators.products import Captured, DoubleBackward, FiniteDifference, Product
-from metaopt.estimators.unrolled import Unrolled
+from metaopt.estimators.products.base import Product
+from metaopt.estimators.products.captured import Captured
+from metaopt.estimators.products.double_backward import DoubleBackward
+from metaopt.estimators.products.finite_difference import FiniteDifference
 
 __all__ = [
     "Captured",

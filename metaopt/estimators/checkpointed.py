@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metaopt.estimators.base import Estimator
+from metaopt.base.ranges import check_counts
+from metaopt.core.contracts import Estimator, Upstream
+from metaopt.core.inner_loop import InnerLoop, InnerResult
+from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.estimators.places import PlaceName
-from metaopt.estimators.products import DoubleBackward, Product
+from metaopt.estimators.products.base import Product
+from metaopt.estimators.products.double_backward import DoubleBackward
 from metaopt.estimators.storage import Storage
 from metaopt.estimators.stores import Kept
 from metaopt.estimators.sweep import Sweep
-from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
-from metaopt.meta_params import AnyMetaParameters
-from metaopt.ranges import check_counts
 
 
 class Checkpointed(Estimator):

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.errors import ConfigError, StageError
-from metaopt.estimators.base import Estimator
-from metaopt.estimators.products import DoubleBackward, Product
-from metaopt.estimators.products.base import Wanted
+from metaopt.base.errors import ConfigError, StageError
+from metaopt.base.ranges import check_counts
+from metaopt.core.contracts import Estimator, Upstream
+from metaopt.core.inner_loop import InnerLoop, InnerResult
+from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.estimators.products.base import Product, Wanted
+from metaopt.estimators.products.double_backward import DoubleBackward
 from metaopt.estimators.step_loss import Key
 from metaopt.estimators.sweep import Sweep, Tensors
 from metaopt.estimators.update_vjp import Below, add
-from metaopt.inner_loop import InnerLoop, InnerResult, Upstream
-from metaopt.meta_params import AnyMetaParameters
-from metaopt.ranges import check_counts
 
 
 class FixedPoint(Estimator, ABC):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.errors import StageError
+from metaopt.base.errors import StageError
 
 PlaceName = Literal["device", "host", "disk"]
 PLACES: tuple[PlaceName, ...] = ("device", "host", "disk")

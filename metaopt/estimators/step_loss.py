@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metaopt.base.random_state import seeded
+from metaopt.core.inner_loop import InnerLoop
+from metaopt.core.meta_params import AnyMetaParameters, as_named, rebound
+from metaopt.core.view import FunctionalModel, Models
 from metaopt.estimators.stores import StepRecord
-from metaopt.functional import FunctionalModel, Models
-from metaopt.inner_loop import InnerLoop
-from metaopt.meta_params import AnyMetaParameters, as_named, rebound
-from metaopt.random_state import seeded
 
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -11,11 +11,13 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.errors import ConfigError, did_you_mean
+from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.core.contracts import Upstream
+from metaopt.core.inner_loop import InnerLoop
+from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.core.plain import PlainSteps
 from metaopt.estimators.places import PLACES, Place, PlaceName, make_place
 from metaopt.estimators.stores import KEPT, Kept, spacing
-from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream
-from metaopt.meta_params import AnyMetaParameters
 
 log = logging.getLogger("metaopt")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from metaopt.core.contracts import Upstream
+from metaopt.core.inner_loop import InnerLoop
+from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.core.plain import PlainSteps
 from metaopt.estimators.places import Place, put_tree
-from metaopt.inner_loop import InnerLoop, PlainSteps, Upstream
-from metaopt.meta_params import AnyMetaParameters
-from metaopt.optimizers import State
+from metaopt.optimizers.flattened import State
 
 Kept = Literal["states", "gradients", "recompute"]
 KEPT: tuple[Kept, ...] = ("states", "gradients", "recompute")

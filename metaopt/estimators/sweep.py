@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.errors import StageError
+from metaopt.base.errors import StageError
+from metaopt.core.contracts import Upstream
+from metaopt.core.graphs import graph_leaves
+from metaopt.core.guards import refuse_second_derivative
+from metaopt.core.inner_loop import InnerLoop, InnerResult
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors, rebound
+from metaopt.core.plain import PlainSteps
+from metaopt.core.view import Models
 from metaopt.estimators.places import Device, Place
-from metaopt.estimators.products import Product
-from metaopt.estimators.products.base import Wanted
+from metaopt.estimators.products.base import Product, Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.stores import Kept, StepRecord, Tape
 from metaopt.estimators.update_vjp import Below, add, update_vjp
-from metaopt.functional import Models
-from metaopt.graphs import graph_leaves
-from metaopt.guards import refuse_second_derivative
-from metaopt.inner_loop import InnerLoop, InnerResult, PlainSteps, Upstream
-from metaopt.meta_params import AnyMetaParameters, named_tensors, rebound
 
 Tensors = dict[str, Tensor]
 
@@ -102,7 +103,7 @@ class Sweep:
                 losses.append(loss)
                 loop.watch(losses)
         self._require_same_batches()
-        self._losses = losses
+        self._losses = dict(enumerate(losses)) if self.product.replays else {}
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
 
     @property
@@ -166,7 +167,7 @@ class Sweep:
     def rebuild(self, t: int, free: bool) -> StepRecord:
         """Return step t as it was."""
         with rebound(self.meta_params, self._plain_meta):
-            return replace(self.tape.rebuild(t, free), loss=self._losses[t])
+            return replace(self.tape.rebuild(t, free), loss=self._losses.get(t))
 
     def step_back(self, t: int, record: StepRecord, above: Below, others: dict[Key, Tensor]) -> Below:
         """Pull cotangents back through step t; those of `others` are added in place."""

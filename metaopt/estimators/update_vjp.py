@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from metaopt.core.inner_loop import InnerLoop
+from metaopt.core.meta_params import AnyMetaParameters, rebound
 from metaopt.estimators.products.base import leaves
 from metaopt.estimators.stores import StepRecord
-from metaopt.inner_loop import InnerLoop
-from metaopt.meta_params import AnyMetaParameters, rebound
-from metaopt.optimizers import JointStep, carries_gradient, per_element
+from metaopt.optimizers.flattened import JointStep
+from metaopt.optimizers.kinds import carries_gradient, per_element
 
 Tensors = dict[str, Tensor]
 MOST_ELEMENTS = 2**16

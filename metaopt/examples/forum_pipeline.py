@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.base.errors import ConfigError
+from metaopt.base.ranges import check_counts, check_fraction
 from metaopt.data.bundle import DataBundle
-from metaopt.data.decoding import evaluating, greedy_decode, sequence_score, to_model
 from metaopt.data.rows import in_order, shuffled
-from metaopt.errors import ConfigError
-from metaopt.ranges import check_counts, check_fraction
+from metaopt.losses.decoding import evaluating, greedy_decode, sequence_score, to_model
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaopt.core.contracts import InnerLoss, MetaObjective, Trained, Upstream
+from metaopt.core.meta_params import AnyMetaParameters, MetaParameters
+from metaopt.core.view import FunctionalModel
 from metaopt.data.bundle import DataBundle
-from metaopt.functional import FunctionalModel
-from metaopt.losses import FromUpstream, InnerLoss, Upstream
-from metaopt.meta_params import AnyMetaParameters, MetaParameters
-from metaopt.objectives import MetaObjective, Trained
+from metaopt.losses.distillation import FromUpstream
 
 VOCABULARY = 32
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from metaopt.auto_models import from_config
+from metaopt.base.errors import ConfigError
 from metaopt.data.bundle import DataBundle
 from metaopt.data.text import text
 from metaopt.data.text_scores import greedy_continue
 from metaopt.data.text_tokens import character_tokenizer
-from metaopt.errors import ConfigError
-from metaopt.losses import IGNORED, label_losses, mean_over_positions
+from metaopt.losses.logits import IGNORED, label_losses, mean_over_positions
+from metaopt.models.hugging_face import from_config
 
 pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

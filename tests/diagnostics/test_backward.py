@@ -22,8 +22,8 @@ from small import (
 from torch import nn
 
 import metaopt
+from metaopt.core.meta_params import named_tensors
 from metaopt.estimators import Checkpointed, Unrolled
-from metaopt.meta_params import named_tensors
 
 
 def test_backward_fills_what_plain_backward_fills():

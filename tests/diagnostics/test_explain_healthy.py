@@ -12,8 +12,8 @@ from problems import distilled_features, distilled_text, fed_with_hidden_states,
 from small import ADAM, example_weights, feature_batches, one_stage, text_batch, two_stages
 
 import metaopt
-from metaopt import build
-from metaopt.config import prepare
+from metaopt.app import build
+from metaopt.app.config import prepare
 from metaopt.examples.forum_thread import GlobalScale, Step1, Step2, Step3, data
 
 BATCH = feature_batches(1, seed=8)[0]

@@ -13,10 +13,10 @@ from small_models import Network
 from torch import Tensor
 
 import metaopt
-from metaopt.chain import TrainedChain
+from metaopt.core.chain import TrainedChain
+from metaopt.core.inner_loop import InnerLoop
 from metaopt.diagnostics.non_finite import locate_non_finite, located
 from metaopt.estimators import Checkpointed, Estimator, Unrolled
-from metaopt.inner_loop import InnerLoop
 
 STEPS, BAD = 6, 3
 VALIDATION = feature_batches(1, seed=8)[0]

@@ -15,9 +15,9 @@ from small_models import FEATURES, Network
 from torch import Tensor, nn
 
 import metaopt
+from metaopt.diagnostics.meters import count_flops
 from metaopt.estimators import Captured, Checkpointed, DoubleBackward, FirstOrder, Neumann, OneStep, Unrolled
 from metaopt.estimators.products import captured
-from metaopt.meters import count_flops
 
 EXACT = 1e-12
 

@@ -21,9 +21,9 @@ from small_models import Linear, Network
 from torch import Tensor, nn
 
 import metaopt
+from metaopt.diagnostics.meters import HeldBytes
 from metaopt.estimators import Captured, Checkpointed, DoubleBackward, FiniteDifference, Unrolled
 from metaopt.estimators.products import captured
-from metaopt.meters import HeldBytes
 
 EXACT = 1e-12
 STORES, PLACES = ("states", "gradients", "recompute"), ("device", "host", "disk")

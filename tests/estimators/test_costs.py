@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import metaopt
+from metaopt.diagnostics.meters import count_flops, peak_bytes
 from metaopt.estimators import Captured, Checkpointed, Estimator, Truncated, Unrolled
-from metaopt.meters import count_flops, peak_bytes
 
 WIDTH, SIZE, LAYERS = 24, 4, 3
 WEIGHTS = 4 * (LAYERS * WIDTH**2 + 1)  # bytes of one model

@@ -31,6 +31,7 @@ from small_models import Linear, Network
 from torch import Tensor
 
 import metaopt
+from metaopt.diagnostics.meters import HeldBytes
 from metaopt.estimators import (
     Captured,
     Checkpointed,
@@ -42,7 +43,6 @@ from metaopt.estimators import (
     Truncated,
     Unrolled,
 )
-from metaopt.meters import HeldBytes
 
 EXACT = 1e-12
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)

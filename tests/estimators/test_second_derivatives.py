@@ -11,7 +11,6 @@ from small_models import Linear, Network
 from torch import Tensor
 
 import metaopt
-from metaopt.accumulation import mean_meta_loss
 from metaopt.estimators import (
     Captured,
     Checkpointed,
@@ -23,6 +22,7 @@ from metaopt.estimators import (
     Truncated,
     Unrolled,
 )
+from metaopt.losses.mean import mean_meta_loss
 
 SWEPT = [
     *(Checkpointed(store=store) for store in ("states", "gradients", "recompute")),

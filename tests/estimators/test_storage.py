@@ -14,9 +14,9 @@ from small_models import Linear
 from torch import Tensor, nn
 
 import metaopt
+from metaopt.diagnostics.meters import peak_bytes
 from metaopt.estimators import Checkpointed, FirstOrder, Truncated, Unrolled
 from metaopt.estimators.storage import _options, parse_bytes
-from metaopt.meters import peak_bytes
 
 SIZE, STEPS = 64, 32
 WEIGHTS = SIZE * SIZE * 8  # θ

@@ -14,6 +14,7 @@ from small import MOMENTUM, example_weights, feature_batches, meta_loss, one_sta
 from small_models import Linear, Network
 
 import metaopt
+from metaopt.diagnostics.meters import HeldBytes, count_flops
 from metaopt.estimators import (
     Captured,
     Checkpointed,
@@ -24,7 +25,6 @@ from metaopt.estimators import (
     Truncated,
     Unrolled,
 )
-from metaopt.meters import HeldBytes, count_flops
 
 EXACT = 1e-12
 PRODUCTS = [DoubleBackward, Captured]

@@ -81,6 +81,7 @@ class Product(ABC):
     """How the second-order product of an inner step is computed, in two phases."""
 
     exact = True
+    replays = False  # something captured before, which must be told when it is stale
     uses_known_gradient = True  # a gradient that a store has, it need not compute; so stores keep it
 
     @abstractmethod

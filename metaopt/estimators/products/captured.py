@@ -35,6 +35,8 @@ class Captured(Product):
     Source: torch.fx.experimental.proxy_tensor.make_fx.
     """
 
+    replays = True
+
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
         self._eager = DoubleBackward()

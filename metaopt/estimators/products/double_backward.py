@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from metaopt.core.guards import refuse_single_derivative
 from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves, linearized
-from metaopt.guards import refuse_single_derivative
 
 
 class DoubleBackward(Product):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metaopt.errors import ConfigError
+from metaopt.base.errors import ConfigError
+from metaopt.core.guards import refuse_given_weights
 from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves
-from metaopt.guards import refuse_given_weights
 
 
 class FiniteDifference(Product):

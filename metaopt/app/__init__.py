@@ -1,0 +1,1 @@
+"""The commands, in the order of a run: config, build, run, report."""

@@ -1,0 +1,158 @@
+"""The commands: `metaopt`, one run in the order data flows; `metaopt-check`, its hypergradient beside differences;
+`metaopt-fidelity`, estimators beside the exact hypergradient.
+
+Torch takes seconds to import, and shell completion runs this module at every TAB: whatever needs it is imported late.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from metaopt.app.config import explained, prepare, with_facts
+from metaopt.base.errors import MetaoptError, was_told, with_note
+
+EXIT_CODES = {"agrees": 0, "differs": 2, "undecided": 3}  # of metaopt-check; 1: it could not be run
+
+
+def train(config: DictConfig, folder: str) -> float:
+    """Build the parts, learn the meta-parameters, compare, report; return the selection metric.
+
+    Args:
+        config: as `metaopt.app.config.prepare` returns it.
+        folder: where the run writes.
+    """
+    from metaopt.app.run import Run, threads
+
+    with threads(config.trainer.num_threads), Run(config, folder) as run:
+        run.config, data, trainer = assemble(config, [run.observe])
+
+        run.begin(data, trainer)
+        run.warm_up()
+        run.check_first_step()
+        result = run.learn()
+        run.compare()
+        run.save()
+    return result.meta_loss if result.score is None else result.score
+
+
+def check(config: DictConfig, folder: str) -> str:
+    """Build the parts, warm up, compare the hypergradient with differences, report; return the verdict.
+
+    Args:
+        config: as `metaopt.app.config.prepare` returns it.
+        folder: where the check writes.
+    """
+    from metaopt.app.check_run import CheckRun
+    from metaopt.app.run import threads
+
+    with threads(config.trainer.num_threads):
+        config, _, trainer = assemble(config)
+        run = CheckRun(config, folder, trainer)
+        run.warm_up()
+        result = run.check()
+        run.report(result)
+    return result.verdict
+
+
+def compare_estimators(config: DictConfig, folder: str) -> Any:
+    """Build the parts, warm up, compare the estimators, report; return the `FidelityResult`.
+
+    Args:
+        config: as `metaopt.app.config.prepare` returns it.
+        folder: where the comparison writes.
+    """
+    from metaopt.app.fidelity_run import FidelityRun
+    from metaopt.app.run import threads
+
+    with threads(config.trainer.num_threads):
+        config, _, trainer = assemble(config)
+        run = FidelityRun(config, folder, trainer)
+        run.warm_up()
+        result = run.compare()
+        run.report(result)
+    return result
+
+
+def assemble(config: DictConfig, observers: Sequence[Callable[..., None]] = ()) -> tuple[DictConfig, Any, Any]:
+    """Return the config with the facts of its data, the data, and the trainer that holds everything else."""
+    from metaopt.app import build
+
+    data = build.build_data(config)
+    config = with_facts(config, data.facts)
+    chain = build.build_chain(config, data)
+    meta_params = build.build_meta_params(config)
+    objective = build.build_objective(config)
+    meta_optimizer = build.build_meta_optimizer(config, meta_params)
+    return config, data, build.build_trainer(config, data, chain, objective, meta_params, meta_optimizer, observers)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="config")
+def _train(composed: DictConfig) -> float:
+    return train(*_prepared(composed))
+
+
+_verdicts: list[str] = []  # of the jobs of this process; Hydra drops what they return
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="check")
+def _check(composed: DictConfig) -> None:
+    _verdicts.append(check(*_prepared(composed)))
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="fidelity")
+def _compare(composed: DictConfig) -> None:
+    compare_estimators(*_prepared(composed))
+
+
+def main() -> None:
+    """Run `metaopt`."""
+    _run(_train)
+
+
+def check_main() -> None:
+    """Run `metaopt-check`; exit with the code of its verdict, of a sweep the worst."""
+    _run(_check)
+    found = [verdict for verdict in ("differs", "undecided") if verdict in _verdicts]
+    sys.exit(EXIT_CODES[found[0]] if found else 0)
+
+
+def fidelity_main() -> None:
+    """Run `metaopt-fidelity`."""
+    _run(_compare)
+
+
+def _run(command: Callable[[], Any]) -> None:
+    """Run a command: what metaopt or Hydra refuses, or a user's part raises, is one message and exit code 1.
+
+    A bug keeps its traceback.
+    """
+    sys.path.append(os.getcwd())  # so that a class in the current folder can be named as a _target_
+    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every exception on instead of printing it
+    try:
+        command()
+    except Exception as error:
+        if wants_traceback or not (isinstance(error, (MetaoptError, HydraException)) or was_told(error)):
+            raise
+        sys.exit(with_note(error) if was_told(error) else explained(error))
+
+
+def _prepared(composed: DictConfig) -> tuple[DictConfig, str]:
+    job = HydraConfig.get()
+    overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
+    return prepare(composed, cast(list[str], overrides), job.runtime.choices), job.runtime.output_dir
+
+
+if __name__ == "__main__":
+    main()

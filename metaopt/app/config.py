@@ -1,0 +1,196 @@
+"""The composed config made ready: shared parts given to the stages, facts of the data filled in, all errors at once."""
+
+from __future__ import annotations
+
+import copy
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra import compose
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metaopt.app.schema import Raw, options_of, problems_of, value_at
+from metaopt.base.errors import ConfigError, did_you_mean
+
+SHARED = "_shared_"
+SHARED_PARTS = ("model", "optimizer", "schedule", "transform", "estimator", "product", "loss", "handover")
+FACT = re.compile(r"\$\{facts\.([^}]*)\}")
+
+
+def prepare(
+    config: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, str | None] | None = None
+) -> DictConfig:
+    """Return the config with every stage's parts filled in and the limits applied.
+
+    Args:
+        config: as Hydra composed it.
+        overrides: what was written on the command line, such as `optimizer.lr=0.1`.
+        choices: the chosen option of each group (`hydra.runtime.choices`), by which an experiment's values that reach
+            no stage are found.
+
+    Raises:
+        ConfigError: lists everything that is wrong with it.
+    """
+    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    if not isinstance(raw.get("stages"), Mapping) or not isinstance(raw.get("chain"), list):
+        raise ConfigError("the config needs `chain`, a list of names, and `stages`, a mapping from name to stage")
+    untouched, taken = _fill_in_shared_parts(raw)
+    problems = list(_unreached(raw, taken, overrides, choices or {}))
+    _apply_limits(raw)
+    filled = OmegaConf.create(raw)
+    plain, unresolved = _resolved(raw, filled, bool(raw.get("facts")))
+    problems += [*unresolved, *problems_of(plain, untouched)]
+    _raise_if_any(problems)
+    return filled
+
+
+def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
+    """Return the config with what the data say about themselves, so that `${facts.vocab_size}` resolves.
+
+    Raises:
+        ConfigError: lists every fact that the config asks for and the data do not give.
+    """
+    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    raw["facts"] = {name: value for name, value in facts.items() if value is not None}
+    filled = OmegaConf.create(raw, flags={"allow_objects": True})
+    plain, unresolved = _resolved(raw, filled, True)
+    problems = [problem for problem in unresolved if problem.split(".")[0] not in (*SHARED_PARTS, "facts")]
+    if any("facts." in problem for problem in problems):
+        gives = f"the data set gives only: {', '.join(raw['facts']) or 'none'}"
+        problems += [f"{gives}; choose options that fit it (model, handover, meta_params), or let it give more"]
+    _raise_if_any([*problems, *(problems_of(plain, {}) if not problems else ())])
+    return filled
+
+
+def explained(error: Exception) -> str:
+    """Return the message of an error, and what an option that Hydra does not know may have meant."""
+    text = str(error)
+    unknown = re.match(r"(?:In '.*': )?Could not override '([\w.@/]+)'", text)
+    if unknown is None:
+        return text
+    section, _, option = unknown[1].rpartition(".")
+    near = did_you_mean(option, options_of(section), others=False)
+    return f"{text}\n{unknown[1]}: there is no such option{near}" if near else text
+
+
+def as_yaml(config: DictConfig) -> str:
+    """Return the config as text; facts that YAML cannot hold are left out."""
+    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    plain = (bool, int, float, str, list)
+    raw["facts"] = {name: fact for name, fact in (raw["facts"] or {}).items() if isinstance(fact, plain)}
+    return OmegaConf.to_yaml(OmegaConf.create(raw))
+
+
+def _raise_if_any(problems: Sequence[str]) -> None:
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        raise ConfigError(f"the config cannot be used: {problems[0]}")
+    if problems:
+        raise ConfigError(f"the config has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+# --- shared parts -----------------------------------------------------------------------------------------------
+
+
+def _fill_in_shared_parts(raw: Raw) -> tuple[dict[str, str], set[str]]:
+    """Put the shared parts under the stages' own values.
+
+    Returns: node path → shared path where nothing is a stage's own, and the shared parts that any stage takes.
+    """
+    untouched: dict[str, str] = {}
+    taken: set[str] = set()
+
+    def filled(node: Any, path: str) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        own = dict(node)
+        source = own.pop(SHARED, None)
+        if source is not None:
+            taken.add(source.split(".")[0])
+            if not own:
+                untouched[path] = source
+                own = copy.deepcopy(value_at(raw, source))
+            elif "_target_" not in own:  # a target of its own takes no argument from another one's
+                own = _merged(value_at(raw, source), own)
+        return {k: filled(v, f"{path}.{k}") for k, v in own.items()} if isinstance(own, Mapping) else own
+
+    raw["stages"] = {name: filled(stage, f"stages.{name}") for name, stage in raw["stages"].items()}
+    return untouched, taken
+
+
+def _merged(under: Any, over: Any) -> Any:
+    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
+        return copy.deepcopy(over)
+    return {**copy.deepcopy(dict(under)), **{key: _merged(under.get(key), value) for key, value in over.items()}}
+
+
+def _unreached(raw: Raw, taken: set[str], overrides: Sequence[str], choices: Mapping[str, str | None]) -> Iterator[str]:
+    """Yield each change of a shared part that no stage takes."""
+    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
+    for part in (part for part in SHARED_PARTS if part not in taken):
+        written = [key for key in keys if key == part or key.startswith(f"{part}.")]
+        changed = dict.fromkeys([*written, *_changes(_as_chosen(part, raw, choices), raw.get(part), part)])
+        if part == "product" and changed:
+            yield f"{', '.join(changed)}: no stage's estimator has one; write estimator=checkpointed beside it, say"
+            continue
+        for key in changed:
+            group = f"{part}@stages.{{stage}}" + ("" if part == "handover" else f".{part}")
+            spelling = group if key == part else f"stages.{{stage}}.{key.removeprefix('handover.')}"
+            right = " or ".join(spelling.format(stage=stage) + "=..." for stage in raw["chain"])
+            yield f"{key} reaches no stage, since none of them takes the shared {part}; write {right}"
+
+
+def _as_chosen(part: str, raw: Raw, choices: Mapping[str, str | None]) -> Any:
+    """Return a shared part as the chosen option's own file has it; as it is now, where that cannot be told."""
+    try:
+        return value_at(OmegaConf.to_container(compose(f"{part}/{choices[part]}"), resolve=False), part)
+    except (KeyError, HydraException):  # no such choice, or an option of a user's folder that only this config knows
+        return raw.get(part)
+
+
+def _changes(before: Any, after: Any, path: str) -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys([*before, *after]):
+            yield from _changes(before.get(key), after.get(key), f"{path}.{key}")
+    elif before != after:
+        yield path
+
+
+def _apply_limits(raw: Raw) -> None:
+    limit = value_at(raw, "limits.num_steps")
+    if not isinstance(limit, int) or limit < 1:
+        return
+    for part in (*raw["stages"].values(), raw.get("final")):
+        for key in ("num_steps", "warmup_steps"):
+            if isinstance(part, dict) and isinstance(part.get(key), int):
+                part[key] = min(part[key], limit)
+
+
+# --- interpolations ---------------------------------------------------------------------------------------------
+
+
+def _resolved(raw: Raw, config: DictConfig, facts_are_known: bool) -> tuple[Raw, list[str]]:
+    """Return the config as plain containers, interpolations (of known facts too) resolved, and what cannot be."""
+    problems: list[str] = []
+
+    def resolve(node: Any, parent: Any, key: Any, path: str) -> Any:
+        if isinstance(node, Mapping):
+            return {k: resolve(v, parent[key], k, f"{path}.{k}") for k, v in node.items()}
+        if isinstance(node, list):
+            return [resolve(v, parent[key], i, f"{path}.{i}") for i, v in enumerate(node)]
+        if not isinstance(node, str) or "${" not in node or (FACT.search(node) and not facts_are_known):
+            return node
+        try:
+            value = parent[key]
+        except OmegaConfBaseException as error:
+            asked = FACT.findall(node)
+            reason = f"asks for facts.{', facts.'.join(asked)}" if asked else f"= {node}: {str(error).splitlines()[0]}"
+            problems.append(f"{path} {reason}")
+            return node
+        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+    return {key: resolve(value, config, key, key) for key, value in raw.items()}, problems

@@ -1,0 +1,184 @@
+"""Loggers: observers of the outer loop that a run, too, can write its numbers to, beside `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import csv
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from metaopt.base.errors import ConfigError
+
+
+class Logger(ABC):
+    """An observer of the outer loop: `MetaTrainer(..., observers=[logger])`, or `logger=custom` of the command.
+
+    As a context it closes itself. The command also hands over what a run ends with (`finish`), and closes it.
+
+    Args:
+        folder: where it writes; of the command, the run's.
+    """
+
+    def __init__(self, folder: str | Path = ".") -> None:
+        self.folder = Path(folder)
+
+    @abstractmethod
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Take one meta-step's record: `meta_step`, `meta_loss`, `inner_loss/<stage>`, `selection/<metric>`, ..."""
+
+    def finish(self, metrics: Mapping[str, float], weights: Tensor | None, plots: Path) -> None:  # noqa: B027
+        """Take what a run ends with.
+
+        Args:
+            metrics: by name.
+            weights: learned weights of sources or examples, if there are any.
+            plots: the folder that holds the run's PNG plots.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Write what is left, and let go of files and connections."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PrintLogger(Logger):
+    """One printed line for a meta-step.
+
+    Args:
+        folder: not used.
+        every: meta-steps between two lines; looks at the selection stream are always printed.
+    """
+
+    def __init__(self, folder: str | Path = ".", *, every: int = 1) -> None:
+        super().__init__(folder)
+        if every < 1:
+            raise ConfigError(f"PrintLogger: every={every} must be at least 1")
+        self.every = every
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if record["meta_step"] % self.every == 0 or any(name.startswith("selection/") for name in record):
+            numbers = [f"{n} {value:.4g}" for n, value in _numbers(record).items()]
+            print(f"meta-step {record['meta_step']}:", ", ".join(numbers))
+
+
+class CSVLogger(Logger):
+    """`metrics.csv`, a row per meta-step; a column that comes later is empty in the rows before."""
+
+    def __init__(self, folder: str | Path = ".") -> None:
+        super().__init__(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._rows: list[dict[str, Any]] = []
+        self._columns: list[str] = []
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        self._rows.append(dict(record))
+        new = [name for name in record if name not in self._columns]
+        self._columns += new
+        with (self.folder / "metrics.csv").open("w" if new else "a", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            if new:
+                writer.writeheader()
+            writer.writerows(self._rows if new else self._rows[-1:])
+
+
+class TensorBoardLogger(Logger):
+    """Event files for TensorBoard: scalars per meta-step; the weights' histogram and the plots at the end.
+
+    Raises:
+        ConfigError: the package `tensorboard` is not installed.
+    """
+
+    def __init__(self, folder: str | Path = ".") -> None:
+        super().__init__(folder)
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise _not_installed("TensorBoardLogger", "tensorboard") from error
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self._step = 0
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        self._step = int(record["meta_step"])
+        for name, value in _numbers(record).items():
+            self._writer.add_scalar(name, value, self._step)
+        self._writer.flush()
+
+    def finish(self, metrics: Mapping[str, float], weights: Tensor | None, plots: Path) -> None:
+        from matplotlib.image import imread
+
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"final/{name}", value, self._step)
+        if weights is not None:
+            self._writer.add_histogram("weights", weights.float(), self._step)
+        for path in sorted(plots.glob("*.png")):
+            self._writer.add_image(path.stem, imread(path)[..., :3], self._step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger(Logger):
+    """A run of Weights & Biases: numbers per meta-step; final metrics, the weights' histogram and the plots at the end.
+
+    Args:
+        folder: where wandb writes; a `config.yaml` in it becomes the run's config.
+        project: it belongs to.
+        name: of the run; None for the folder's.
+        mode: `offline` needs no account and no network (`wandb sync FOLDER` uploads later).
+
+    Raises:
+        ConfigError: the package `wandb` is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path = ".",
+        *,
+        project: str = "metaopt",
+        name: str | None = None,
+        mode: Literal["offline", "online", "disabled"] = "offline",
+    ) -> None:
+        super().__init__(folder)
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise _not_installed("WandbLogger", "wandb") from error
+        from omegaconf import OmegaConf
+
+        file = self.folder / "config.yaml"
+        config: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._wandb: Any = wandb
+        name = name or self.folder.resolve().name
+        self._run: Any = wandb.init(project=project, name=name, mode=mode, dir=str(self.folder), config=config)
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        self._run.log(_numbers(record), step=record["meta_step"])
+
+    def finish(self, metrics: Mapping[str, float], weights: Tensor | None, plots: Path) -> None:
+        self._run.summary.update(dict(metrics))
+        shown = {path.stem: self._wandb.Image(str(path)) for path in sorted(plots.glob("*.png"))}
+        if weights is not None:
+            shown["weights_histogram"] = self._wandb.Histogram(weights.float().numpy())
+        self._run.log(shown)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name != "meta_step" and isinstance(value, (int, float))}
+
+
+def _not_installed(logger: str, package: str) -> ConfigError:
+    return ConfigError(
+        f"{logger}: the package {package} is not installed: pip install 'metaopt-chain[{package}]' "
+        f"(or '.[{package}]' in a checkout)"
+    )

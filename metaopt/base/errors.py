@@ -1,0 +1,60 @@
+"""The errors that metaopt raises; each says what, where, why, and the call that mends it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+
+
+class MetaoptError(Exception):
+    """Base class: whatever metaopt refuses or stops at."""
+
+
+class ConfigError(MetaoptError, ValueError):
+    """An option, an argument or a file that cannot be used; raised before any training."""
+
+
+class StageError(MetaoptError, RuntimeError):
+    """A stage that cannot be run or differentiated as it was written."""
+
+
+class MissingPathError(MetaoptError, RuntimeError):
+    """A meta-parameter that no path of the graph connects to the meta-loss; `names` says which."""
+
+    def __init__(self, text: str, names: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.names = tuple(names)
+
+
+class NonFiniteError(MetaoptError, FloatingPointError):
+    """A loss, gradient or hypergradient that is NaN or infinite."""
+
+
+def did_you_mean(name: str, known: Iterable[str], others: bool = True) -> str:
+    """Return ` (did you mean 'x'?)`, or the names there are (`others`): the tail of an unknown-name message."""
+    known = [str(item) for item in known]
+    close = difflib.get_close_matches(str(name), known, n=1)
+    rest = f" (there are: {', '.join(known) or 'none'})" if others else ""
+    return f" (did you mean {close[0]!r}?)" if close else rest
+
+
+def tell(error: Exception, text: str) -> None:
+    """Add a note to an exception; to its message, before Python 3.11."""
+    error.__dict__["told"] = text
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{text}", *error.args[1:])
+
+
+def was_told(error: BaseException) -> str | None:
+    """Return the note of an exception that came through `telling`, or None."""
+    return getattr(error, "told", None)
+
+
+def with_note(error: BaseException) -> str:
+    """Return what a command shows of an exception: its message, of a user's own with its kind, and its note."""
+    text, told = str(error), was_told(error) or ""
+    text = text if isinstance(error, MetaoptError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text if not told or told in text else f"{text}\n{told}"

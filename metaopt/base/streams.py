@@ -1,0 +1,139 @@
+"""Batch streams: endless, with a position that is part of a chain's state and moves only when told to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt.base.errors import ConfigError
+from metaopt.base.random_state import derived_seed, seeded
+
+
+class _Place(NamedTuple):
+    """A batch's place in the stream, and the states that the loader's own generators had when its epoch began."""
+
+    epoch: int
+    position: int
+    generator_states: list[torch.Tensor]
+
+
+class BatchStream:
+    """Cycle through a sequence or a DataLoader: `peek` looks ahead, `advance` moves on.
+
+    What was looked at and not passed is kept, so that an unroll without commit sees the same batches again.
+    Shuffling and augmentation draw from torch's global generator, seeded per batch and put back after.
+
+    Args:
+        batches: a sequence or re-iterable of batches; a one-shot iterator is refused.
+        seed: of the order, and of whatever is drawn while a batch is made.
+
+    Raises:
+        ConfigError: `batches` is not re-iterable, or empty.
+    """
+
+    def __init__(self, batches: Iterable[Any], seed: int) -> None:
+        if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+            kind = type(batches).__name__
+            raise ConfigError(f"batches: a {kind} is no series of batches; give a list of batches or a DataLoader")
+        if getattr(batches, "persistent_workers", False):
+            raise ConfigError(
+                "batches: a DataLoader with persistent_workers=True has one iterator for all its readers, so looking "
+                "ahead would lose batches; set persistent_workers=False"
+            )
+        if isinstance(batches, Iterator):
+            raise ConfigError(
+                f"batches: a {type(batches).__name__} can be read only once, so it cannot be cycled or resumed; give "
+                "list(batches), or the DataLoader itself instead of iter(loader)"
+            )
+        self._batches = batches
+        self._seed = seed
+        self._generators = _generators_of(batches)
+        self._generator_states = [generator.get_state() for generator in self._generators]
+        self._ahead: deque[tuple[_Place, Any]] = deque()
+        self._open_epoch(0)
+
+    def peek(self, count: int) -> list[Any]:
+        """Return the next `count` batches; the stream stays where it is."""
+        while len(self._ahead) < count:
+            self._ahead.append((self._frontier, self._fetch()))
+        return [batch for _, batch in list(self._ahead)[:count]]
+
+    def advance(self, count: int) -> None:
+        """Pass the next `count` batches."""
+        self.peek(count)
+        for _ in range(count):
+            self._ahead.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next batch lies: epoch, position, seed, and the states of the loader's generators."""
+        place = self._ahead[0][0] if self._ahead else self._frontier
+        return {**place._asdict(), "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place: the epoch is begun again and the passed batches are skipped."""
+        self._seed = state["seed"]
+        self._ahead.clear()
+        self._generator_states = list(state["generator_states"])
+        self._open_epoch(state["epoch"])
+        for _ in range(state["position"]):
+            self._fetch()
+
+    def _open_epoch(self, epoch: int) -> None:
+        self._frontier = _Place(epoch, 0, list(self._generator_states))
+        self._iterator: Iterator[Any] | None = None
+
+    def _fetch(self) -> Any:
+        epoch, position, _ = self._frontier
+        try:
+            with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_states():
+                if self._iterator is None:
+                    self._iterator = iter(self._batches)
+                batch = next(self._iterator)
+        except StopIteration:
+            if position == 0:
+                raise ConfigError("batches: there is not a single batch; check the data set and drop_last") from None
+            self._open_epoch(epoch + 1)
+            return self._fetch()
+        self._frontier = self._frontier._replace(position=position + 1)
+        return batch
+
+    @contextmanager
+    def _own_generator_states(self) -> Iterator[None]:
+        """Let a loader's own generators continue from where this stream left them, and put them back after."""
+        before = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, self._generator_states, strict=True):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._generator_states = [generator.get_state() for generator in self._generators]
+            for generator, state in zip(self._generators, before, strict=True):
+                generator.set_state(state)
+
+
+def _generators_of(batches: Any) -> list[torch.Generator]:
+    """Return the generators of a DataLoader and its samplers, each once."""
+    sampler, batch_sampler = (getattr(batches, name, None) for name in ("sampler", "batch_sampler"))
+    holders = (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def move(batch: Any, like: Tensor) -> Any:
+    """Return the batch on the device of `like`, its floating tensors in the dtype of `like`, fit for a graph."""
+    if isinstance(batch, Tensor):
+        floating = batch.is_floating_point() and like.is_floating_point()
+        moved = batch.to(like.device, like.dtype if floating else batch.dtype)
+        return moved.clone() if moved.is_inference() else moved
+    if isinstance(batch, Mapping):
+        return {key: move(value, like) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, like) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(move(value, like) for value in batch)
+    return batch

@@ -1,0 +1,265 @@
+"""A chain: stages in order, each trained on what the earlier ones have become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.base.errors import ConfigError, StageError, did_you_mean
+from metaopt.base.streams import move
+from metaopt.core.contracts import InnerLoss
+from metaopt.core.graphs import sign
+from metaopt.core.guards import note_moved_buffers
+from metaopt.core.inner_loop import InnerResult
+from metaopt.core.meta_params import AnyMetaParameters, as_modules, as_named, named_tensors
+from metaopt.core.stage import Stage
+from metaopt.core.structure import ModelStructure, held
+from metaopt.core.view import FunctionalModel, Models
+
+_CHUNK = 64  # steps of plain training between two looks ahead in the data
+
+
+class TrainedChain(Mapping[str, FunctionalModel]):
+    """The outcome of one unroll: stage name → trained model, and what `commit` needs."""
+
+    def __init__(self, results: Mapping[str, InnerResult], version: object) -> None:
+        self.results = dict(results)
+        self.version = version
+
+    def __getitem__(self, name: str) -> FunctionalModel:
+        if name not in self.results:
+            raise KeyError(f"no stage {name!r}{did_you_mean(name, self.results)}")
+        return self.results[name].model
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.results
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Stage name → its inner losses [num_steps], detached."""
+        return {name: result.losses for name, result in self.results.items()}
+
+
+class Chain:
+    """Stages in order; composition of differentiable functions, so one backward runs through all of them.
+
+    Args:
+        stages: name=Stage(...), in the order in which they are trained.
+
+    Raises:
+        ConfigError: no stage, or a loss that reads a stage that does not come before its own.
+    """
+
+    def __init__(self, **stages: Stage) -> None:
+        if not stages:
+            raise ConfigError("Chain: no stages; give at least one: Chain(model=Stage(...))")
+        earlier: list[str] = []
+        for name, stage in stages.items():
+            if not isinstance(stage, Stage):
+                raise ConfigError(f"Chain: {name!r} is a {type(stage).__name__}, not a Stage")
+            for reader in (stage.loss, stage._source):
+                for read in getattr(reader, "reads", ()):
+                    if read not in earlier:
+                        raise ConfigError(
+                            f"stage {name!r}: {type(reader).__name__} reads stage {read!r}, which does not come before "
+                            f"it{did_you_mean(read, earlier)}"
+                        )
+            problem = None
+            if isinstance(stage.loss, InnerLoss):
+                problem = stage.loss.problem_with(stage.model, {above: stages[above].model for above in earlier})
+            if problem:
+                raise ConfigError(f"stage {name!r}: {problem}")
+            earlier.append(name)
+        self.stages = dict(stages)
+        self._refuse_shared_parameters()
+        self._version = object()  # of the chain's state; a new one whenever it moves
+
+    def _refuse_shared_parameters(self) -> None:
+        owner: dict[int, str] = {}
+        for name, stage in self.stages.items():
+            for param_name, param in stage.structure.params.items():
+                other = owner.setdefault(id(param), name)
+                if other != name:
+                    raise ConfigError(
+                        f"stages {other!r} and {name!r} share the parameter {param_name!r}, so committing one would "
+                        "overwrite the other; give each its own copy: copy.deepcopy(model). To start a stage from "
+                        "another's trained weights: Stage(..., initial=lambda meta_params, upstream: "
+                        f"upstream[{other!r}].params)"
+                    )
+
+    def __repr__(self) -> str:
+        return f"Chain({' → '.join(self.stages)})"
+
+    def unroll(self, meta_params: AnyMetaParameters) -> TrainedChain:
+        """Run every stage's inner loop from the chain's present state, and return the trained models in the graph.
+
+        Neither weights, optimizer state, batch streams nor random state are changed: the same call gives the same
+        bits. Under `torch.no_grad()` it is a plain sweep of the same steps.
+        """
+        meta_params = as_modules(meta_params)
+        with self._held(meta_params):
+            return self._unroll(meta_params)
+
+    def _unroll(self, meta_params: AnyMetaParameters) -> TrainedChain:
+        owners = self._owners_apart_from(meta_params)
+        results: dict[str, InnerResult] = {}
+        models = Models()
+        for name, stage in self.stages.items():
+            loop = stage.begin(name, models, owners)
+            if torch.is_grad_enabled():
+                results[name] = stage.estimator.differentiate(loop, meta_params, models)
+                note_moved_buffers(results[name].model)
+                sign(results[name].model.params.values(), self, name)
+            else:
+                results[name] = loop.run_without_graph(meta_params, models)
+            models = Models({**models, name: results[name].model})
+        return TrainedChain(results, self._version)
+
+    def commit(self, trained: TrainedChain, stages: Iterable[str] | None = None) -> None:
+        """Carry on from the trained models: weights, optimizer state, batch streams and random state.
+
+        Args:
+            trained: the outcome of the last `unroll`.
+            stages: names; all if None. The others stay as they are.
+        """
+        if trained.version is not self._version:
+            raise StageError(
+                "commit: this unroll started from a state that the chain has left (a commit, reset or train came "
+                "between), or from another chain; unroll again, or restore a state with chain.load_state_dict(...)"
+            )
+        with self._held():
+            for name in self._select(stages):
+                self.stages[name].commit(trained.results[name])
+        self._version = object()
+
+    def reset(self, stages: Iterable[str] | None = None) -> None:
+        """Restore (or, from a factory, draw anew) weights and optimizer state; streams and random state move on."""
+        with self._held():
+            for name in self._select(stages):
+                self.stages[name].reset()
+        self._version = object()
+
+    def train(
+        self,
+        meta_params: AnyMetaParameters,
+        num_steps: int | Mapping[str, int] | None = None,
+        on_step: Callable[[str, int, Tensor], None] | None = None,
+    ) -> TrainedChain:
+        """Train the stages one after the other with plain `torch.optim`, without a graph, and commit each.
+
+        Args:
+            meta_params: read, never changed.
+            num_steps: of every stage, or per stage name (0 leaves a stage as it is); the stages' own if None.
+            on_step: called with stage name, step and detached loss.
+
+        Returns:
+            The trained models, without a graph; there is nothing left to commit.
+        """
+        owners = self._owners_apart_from(meta_params)
+        steps = self._steps_of(num_steps)
+        self._version = object()
+        results: dict[str, InnerResult] = {}
+        models = Models()
+        with self._held(meta_params):
+            for name, stage in self.stages.items():
+                results[name] = self._train_stage(name, stage, meta_params, models, owners, steps[name], on_step)
+                models = Models({**models, name: results[name].model})
+        return TrainedChain(results, version=None)
+
+    def _steps_of(self, num_steps: int | Mapping[str, int] | None) -> dict[str, int]:
+        if isinstance(num_steps, Mapping):
+            self._select(num_steps)
+            steps = {name: num_steps.get(name, stage.num_steps) for name, stage in self.stages.items()}
+        else:
+            steps = {n: stage.num_steps if num_steps is None else num_steps for n, stage in self.stages.items()}
+        for name, count in steps.items():
+            if not isinstance(count, int) or count < 0:
+                raise ConfigError(f"train: num_steps={count!r} of stage {name!r} must be a whole number from 0")
+        return steps
+
+    @staticmethod
+    def _train_stage(
+        name: str,
+        stage: Stage,
+        meta_params: AnyMetaParameters,
+        models: Models,
+        owners: Mapping[int, str],
+        steps: int,
+        on_step: Callable[[str, int, Tensor], None] | None,
+    ) -> InnerResult:
+        losses = []
+        written = stage.draw_batches(models, steps, name) if stage.written_once else None
+        result = None
+        for start in range(0, max(steps, 1), _CHUNK):
+            count = min(_CHUNK, steps - start)
+            batches = written[start * stage.accumulate :][: count * stage.accumulate] if written is not None else None
+            loop = stage.begin(name, models, owners, count, batches, offset=start, total=steps)
+            counted = None if on_step is None else lambda n, t, loss, s=start: on_step(n, s + t, loss)
+            result = loop.run_without_graph(meta_params, models, counted)
+            stage.commit(result)
+            losses.append(result.losses)
+        assert result is not None
+        return InnerResult(result.model, torch.cat(losses), steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every stage's weights, optimizer state, stream position and random state."""
+        return {name: stage.state_dict() for name, stage in self.stages.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if set(state) != set(self.stages):
+            raise ConfigError(f"load_state_dict: stages {sorted(state)} do not fit the chain's {sorted(self.stages)}")
+        for name, stage in self.stages.items():
+            stage.load_state_dict(state[name])
+        self._version = object()
+
+    def twin(self, dtype: torch.dtype = torch.float64) -> Chain:
+        """Return an independent copy of the chain in another dtype, with the same data ahead of it."""
+        return Chain(**{name: stage.twin(dtype) for name, stage in self.stages.items()})
+
+    def move(self, batch: Any) -> Any:
+        """Return a batch on the chain's device, its floating tensors in the chain's dtype."""
+        last = next(reversed(self.stages.values()))
+        return move(batch, last.like)
+
+    def _held(self, meta_params: AnyMetaParameters | None = None) -> AbstractContextManager[None]:
+        """Keep the stages' modules, and meta-parameters, to this thread: no other one may lend them tensors."""
+        own = [stage.structure for stage in self.stages.values()]
+        return held([*own, *map(ModelStructure, as_named(meta_params or {}).values())])
+
+    def _owners_apart_from(self, meta_params: AnyMetaParameters) -> dict[int, str]:
+        """Return `id` → name of every stage's own parameters, after checking that none is a meta-parameter."""
+        if torch.is_inference_mode_enabled():
+            raise StageError("inference mode keeps tensors out of any graph for good; use torch.no_grad() instead")
+        for name, stage in self.stages.items():
+            stage.check_meta_params(meta_params)
+            stage.estimator.check(name, stage)
+        owners = {
+            id(param): f"{stage_name}.{name}"
+            for stage_name, stage in self.stages.items()
+            for name, param in stage.structure.params.items()
+        }
+        for name, tensor in named_tensors(meta_params).items():
+            if id(tensor) in owners:
+                raise ConfigError(
+                    f"meta-parameter {name!r} is the parameter {owners[id(tensor)]!r} of a stage's own model, which "
+                    "commit would overwrite with inner-trained weights; give a copy: copy.deepcopy(model)"
+                )
+        return owners
+
+    def _select(self, stages: Iterable[str] | None) -> list[str]:
+        names = [stages] if isinstance(stages, str) else list(self.stages if stages is None else stages)
+        for name in names:
+            if name not in self.stages:
+                raise ConfigError(f"no stage {name!r}{did_you_mean(name, self.stages)}")
+        return names

@@ -1,0 +1,333 @@
+"""A stage: one training, as a function (initial weights, meta-parameters, upstream) → trained weights."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from metaopt.base.errors import ConfigError, StageError
+from metaopt.base.random_state import derived_seed, draw_seed, seeded
+from metaopt.base.streams import BatchStream, move
+from metaopt.base.telling import require_arguments, telling
+from metaopt.core.contracts import Estimator, HandOver, InnerLoss, LossFunction, Transform, Upstream
+from metaopt.core.guards import refuse_unsupported, refuse_unusable
+from metaopt.core.inner_loop import InnerLoop, InnerResult
+from metaopt.core.meta_params import AnyMetaParameters, as_given, as_named
+from metaopt.core.structure import ModelStructure
+from metaopt.core.unrolled import Unrolled
+from metaopt.optimizers.kinds import per_element
+from metaopt.optimizers.rule import UpdateRule, make_optimizer
+from metaopt.optimizers.schedules import Schedule
+from metaopt.optimizers.step import attributes, with_attributes
+
+ModelOrFactory = nn.Module | Callable[[], nn.Module]
+OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
+_BATCHES, _INIT = 1, 2  # what a seed is derived for, beside the inner steps
+
+
+class Stage:
+    """One training: a model, its inner optimizer, what it minimises, on what data, for how many steps.
+
+    Args:
+        model: an `nn.Module`, or a factory of one (fresh initialisations at `reset`).
+        optimizer: a callable params → `torch.optim.Optimizer`, or the user's own optimizer over that module.
+        loss: an `InnerLoss`, or a function with its arguments.
+        batches: a sequence or re-iterable such as a DataLoader; a `HandOver`; or a callable upstream → iterable that
+            is run once per unroll, without a graph. Floating tensors are cast to the model's dtype.
+        num_steps: inner steps per unroll, T ≥ 1.
+        estimator: how the stage is differentiated.
+        schedule: optimizer → `torch.optim.lr_scheduler`, moved at every inner step.
+        overrides: meta-parameters, t → hyperparameters of inner step t, as numbers or tensors in the graph: one for
+            all, a list of one per parameter group, or a mapping from parameter names; or `FromMeta()`.
+        transform: gradients by name → gradients by name, before the optimizer (`ClipNorm`, `ClipValue`, all-reduce).
+        initial: meta-parameters, upstream → learned initial weights by parameter name; or `FromMeta()`.
+        accumulate: batches per inner step; their losses are averaged.
+        autocast: `bfloat16` runs the inner loss under `torch.autocast`; the weights keep their dtype.
+        seed: of the stage's random state (dropout, order of the data); drawn from torch's generator if None.
+
+    Raises:
+        ConfigError: an argument that cannot be used; the message says what to give instead.
+    """
+
+    def __init__(
+        self,
+        model: ModelOrFactory,
+        optimizer: OptimizerOrFactory,
+        loss: InnerLoss | LossFunction,
+        batches: Iterable[Any] | HandOver | Callable[[Upstream], Iterable[Any]],
+        num_steps: int,
+        estimator: Estimator | None = None,
+        *,
+        schedule: Callable[[Optimizer], Any] | None = None,
+        overrides: Callable[[AnyMetaParameters, int], Mapping[str, Any]] | None = None,
+        transform: Transform | None = None,
+        initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None,
+        accumulate: int = 1,
+        autocast: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        for name, count in (("num_steps", num_steps), ("accumulate", accumulate)):
+            if not isinstance(count, int) or count < 1:
+                raise ConfigError(f"Stage: {name}={count!r} must be a whole number of at least 1")
+        if not callable(loss):
+            raise ConfigError(f"Stage: loss is a {type(loss).__name__}; give an InnerLoss or a function")
+        require_arguments(loss, ("model", "batch", "meta_params", "upstream"), "Stage: the loss")
+        for slot, given, arguments in (
+            ("overrides", overrides, ("meta_params", "t")),
+            ("initial", initial, ("meta_params", "upstream")),
+            ("transform", transform, ("gradients",)),
+        ):
+            if given is not None:
+                require_arguments(given, arguments, f"Stage: {slot}")
+        self.num_steps, self.accumulate = num_steps, accumulate
+        self.loss, self.overrides, self.transform, self.initial = loss, overrides, transform, initial
+        self.estimator = estimator or Unrolled()
+        if autocast not in (None, "bfloat16"):
+            raise ConfigError(
+                f"Stage: autocast={autocast!r} must be 'bfloat16' or None (float16 would need a loss scale, which "
+                "depends on overflows and has no derivative)"
+            )
+        self.autocast = None if autocast is None else torch.bfloat16
+        if seed is not None and seed < 0:
+            raise ConfigError(f"Stage: seed={seed} must not be negative")
+        self.seed = draw_seed() if seed is None else seed
+        self._steps, self._schedule_steps, self._resets = 0, 0, 0
+        self._read: set[frozenset[str]] = set()  # see `Training`
+        self._factory = None if isinstance(model, nn.Module) else model
+        self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model()
+        refuse_unusable(self.model, "Stage")
+        self.structure = ModelStructure(self.model)
+        self.optimizer = make_optimizer(optimizer, self.model)
+        self.rule = UpdateRule(self.optimizer, self.structure.params)
+        self._schedule = Schedule(schedule, self.optimizer) if schedule is not None else None
+        self._initial = self._tensors() if self._factory is None else None
+        self._initial_optimizer = copy.deepcopy(self.optimizer.state_dict())
+        self._source = batches
+        self._stream = self._open_stream(batches)
+
+    # --- what an unroll starts from -----------------------------------------------------------------------------
+
+    def step_seed(self, t: int) -> int:
+        """Return the seed of the random state in which the t-th inner step from now is evaluated."""
+        return derived_seed(self.seed, self._steps + t)
+
+    def begin(
+        self,
+        name: str,
+        upstream: Upstream,
+        owners: Mapping[int, str],
+        num_steps: int | None = None,
+        batches: list[Any] | None = None,
+        offset: int = 0,
+        total: int | None = None,
+    ) -> InnerLoop:
+        """Fix the batches, the random state and the starting point of the next `num_steps` inner steps.
+
+        Args:
+            name: the stage's.
+            upstream: trained models of the earlier stages.
+            owners: `id` → name of the parameters of all stages' own modules.
+            num_steps: the stage's own if None.
+            batches: drawn from the stage's data if None.
+            offset: steps that this training has taken before, when it is run in parts.
+            total: its steps in all, when it is run in parts.
+        """
+        refuse_unsupported(self.model, name)
+        self.structure.stage = name
+        self._refuse_late_freezing(name)
+        steps = self.num_steps if num_steps is None else num_steps
+        if batches is None:
+            batches = self.draw_batches(upstream, steps, name)
+        like = self.like
+        batches = [move(batch, like) for batch in batches]
+        micro = [batches[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
+        scheduled = self._schedule_steps  # as it is now: a sweep may ask after a commit
+        return InnerLoop(
+            name=name,
+            structure=self.structure,
+            rule=self.rule.snapshot(),
+            loss=self.loss,
+            batches=micro,
+            seeds=[self.step_seed(t) for t in range(steps)],
+            device=like.device,
+            transform=self.transform,
+            autocast=self.autocast,
+            hyperparameters=lambda t, meta_params: self._hyperparameters(name, scheduled + t, offset + t, meta_params),
+            first_of_training=offset == 0,
+            offset=offset,
+            total=total,
+            first_step=self._schedule_steps,
+            initial=self.initial,
+            owners=owners,
+            read=self._read,
+        )
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter whose device and dtype the batches take: a floating one, beside which there may be quantised."""
+        return next(p for p in self.structure.params.values() if p.is_floating_point() or p.is_complex())
+
+    @property
+    def written_once(self) -> bool:
+        """Whether the stage's data are written by the upstream models, once per unroll."""
+        return self._stream is None or isinstance(self._source, HandOver)
+
+    def draw_batches(self, upstream: Upstream, num_steps: int, name: str) -> list[Any]:
+        """Return the batches of the next steps of the stage of this name; the stream stays where it is."""
+        with telling(lambda: f"the batches of stage {name!r} ({type(self._source).__name__})"):
+            return self._draw_batches(upstream, num_steps)
+
+    def _draw_batches(self, upstream: Upstream, num_steps: int) -> list[Any]:
+        count = num_steps * self.accumulate
+        if count == 0:
+            return []
+        if self._stream is not None and not isinstance(self._source, HandOver):
+            return self._stream.peek(count)
+        with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES), self.like.device):
+            if isinstance(self._source, HandOver):
+                assert self._stream is not None
+                written = list(self._source.write(upstream, self._stream.peek(count)))
+                if len(written) != count:
+                    kind = type(self._source).__name__
+                    raise StageError(f"{kind}.write returned {len(written)} batches for {count}; return one for each")
+                return written
+            made = list(itertools.islice(self._source(upstream), count))  # type: ignore[operator]
+        if not made:
+            raise StageError("batches: the callable made no batch from the upstream models; it must yield at least one")
+        return list(itertools.islice(itertools.cycle(made), count))
+
+    def _refuse_late_freezing(self, name: str) -> None:
+        trained = set(self.rule.names)
+        changed = [n for n, p in self.structure.params.items() if n in trained and not p.requires_grad]
+        if changed:
+            raise StageError(
+                f"stage {name!r}: parameter {changed[0]!r} was frozen after the stage was built; freeze with "
+                "requires_grad_(False) first, then build the Stage"
+            )
+
+    def _hyperparameters(self, name: str, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
+        scheduled = self._schedule.at(t) if self._schedule is not None else {}
+        with telling(lambda: f"the overrides of stage {name!r}, inner step {step}"):
+            learned = self.overrides(as_given(meta_params), step) if self.overrides is not None else {}
+        both = [key for key in learned if key in scheduled]
+        if both:
+            raise ConfigError(
+                f"schedule and overrides both give {both[0]!r}; leave one of them out, or let overrides compute the "
+                "product from its step t"
+            )
+        return {**scheduled, **learned}
+
+    def check_meta_params(self, meta_params: AnyMetaParameters) -> None:
+        """Raise if a slot reads meta-parameters that this stage cannot use; before any training."""
+        for prefix, module in as_named(meta_params).items():
+            refuse_unusable(module, f"meta-parameters {prefix!r}" if prefix else "meta-parameters")
+        for slot in (self.overrides, self.initial):
+            check = getattr(slot, "check", None)  # as FromMeta has
+            if check is not None:
+                check(self, meta_params)
+
+    # --- carrying on --------------------------------------------------------------------------------------------
+
+    def commit(self, result: InnerResult) -> None:
+        """Carry on from a trained model: weights, buffers, optimizer state, batch stream, random state."""
+        self._load_tensors({**result.model.params, **result.model.buffers})
+        self.rule.write_back(result.model.optimizer_state)
+        self._steps += result.num_steps
+        self._schedule_steps += result.num_steps
+        if self._stream is not None:
+            self._stream.advance(result.num_steps * self.accumulate)
+        if self._schedule is not None:
+            self.rule.set_hyperparameters(self.optimizer, self._schedule.at(self._schedule_steps))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return copies of all parameters and buffers, those that `state_dict()` leaves out included."""
+        return {n: t.detach().clone() for n, t in [*self.structure.params.items(), *self.structure.buffers.items()]}
+
+    @torch.no_grad()
+    def _load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, own in [*self.structure.params.items(), *self.structure.buffers.items()]:
+            if name not in tensors:
+                raise ConfigError(f"the saved state has no {name!r}, which the stage's model has")
+            own.copy_(tensors[name])
+
+    def reset(self) -> None:
+        """Go back to the initial weights (a factory draws new ones) and optimizer state; the data move on."""
+        self._resets += 1
+        if self._initial is None:
+            drawn = ModelStructure(self._draw_model())
+            self._load_tensors({**drawn.params, **drawn.buffers})
+        else:
+            self._load_tensors(self._initial)
+        self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer))
+        self._schedule_steps = 0
+
+    def _draw_model(self) -> nn.Module:
+        assert self._factory is not None
+        with seeded(derived_seed(self.seed, self._resets, _INIT)):
+            model = self._factory()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"Stage: the model factory returned a {type(model).__name__}, not an nn.Module")
+        if hasattr(self, "model"):
+            like = next(self.model.parameters())
+            model.to(device=like.device, dtype=like.dtype)
+        return model
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that an unroll depends on and `reset` goes back to."""
+        return {
+            "model": self._tensors(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "stream": None if self._stream is None else self._stream.state_dict(),
+            "random": {"seed": self.seed, "steps": self._steps, "resets": self._resets},
+            "schedule_steps": self._schedule_steps,
+            "initial": copy.deepcopy({"model": self._initial, "optimizer": self._initial_optimizer}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._load_tensors(state["model"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if self._stream is not None:
+            self._stream.load_state_dict(state["stream"])
+        random = state["random"]
+        self.seed, self._steps, self._resets = random["seed"], random["steps"], random["resets"]
+        self._schedule_steps = state["schedule_steps"]
+        initial = copy.deepcopy(state["initial"])
+        self._initial, self._initial_optimizer = initial["model"], initial["optimizer"]
+
+    def twin(self, dtype: torch.dtype) -> Stage:
+        """Return an independent copy of this stage in another dtype, with the same data ahead of it."""
+        twin = copy.copy(self)
+        twin.model, kept = copy.deepcopy((self.model, attributes(self.optimizer)))
+        twin.optimizer = with_attributes(type(self.optimizer), kept)
+        twin.model.to(dtype)
+        for module in twin.model.modules():  # transformers' quick kernels of mixtures of experts refuse float64
+            chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+            if chosen not in (None, "eager") and hasattr(module, "set_experts_implementation"):
+                module.set_experts_implementation("eager")  # type: ignore[operator]
+        if isinstance(self.loss, nn.Module):
+            twin.loss = copy.deepcopy(self.loss).to(dtype)  # its class weights, say
+        for param, entry in twin.optimizer.state.items():
+            twin.optimizer.state[param] = {k: v.to(dtype) if per_element(k, v) else v for k, v in entry.items()}
+        twin.structure = ModelStructure(twin.model)
+        twin.structure.unsaid = []
+        twin.rule = UpdateRule(twin.optimizer, twin.structure.params)
+        if self._stream is not None:
+            twin._stream = twin._open_stream(self._source)
+            assert twin._stream is not None
+            twin._stream.load_state_dict(self._stream.state_dict())
+        return twin
+
+    def _open_stream(self, batches: Any) -> BatchStream | None:
+        source = batches.batches if isinstance(batches, HandOver) else batches
+        if callable(source) and not isinstance(source, Iterable):
+            return None
+        return BatchStream(source, derived_seed(self.seed, 0, _BATCHES))

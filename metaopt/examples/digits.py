@@ -1,0 +1,121 @@
+"""Handwritten digits, some of them with a wrong label."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from metaopt.base.errors import ConfigError
+from metaopt.base.ranges import check_counts, check_fraction
+from metaopt.data.bundle import DataBundle
+from metaopt.data.rows import in_order, shuffled
+from metaopt.losses.decoding import accuracy_score
+
+NUM_LABELS = 10
+SIDE = 8  # pixels
+
+
+def digits(
+    noise: float = 0.4,
+    num_train: int = 800,
+    num_unlabelled: int = 400,
+    num_validation: int = 200,
+    num_selection: int = 197,
+    num_test: int = 200,
+    batch_size: int = 64,
+    validation_batch_size: int = 100,
+    seed: int = 0,
+) -> DataBundle:
+    """Return scikit-learn's 1797 real 8×8 images, split at random, a part of the training labels being wrong.
+
+    A wrong label is one of the nine others, all equally likely. Batches carry `inputs` (float32 [B, 64], from 0 to 1),
+    `labels` (int64 [B], not in `unlabelled`), and in `train` and `unlabelled` `index` (int64 [B]).
+
+    Args:
+        noise: fraction of the training images with a wrong label, from 0 to 1.
+        num_train, num_unlabelled, num_validation, num_selection, num_test: images of each stream, 1797 at most in all.
+        batch_size: of the streams that models are trained on.
+        validation_batch_size: of the stream that trains the meta-parameters.
+        seed: of the split and of the wrong labels.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+    sizes = {
+        "train": num_train,
+        "unlabelled": num_unlabelled,
+        "validation": num_validation,
+        "selection": num_selection,
+        "test": num_test,
+    }
+    check_fraction("digits", noise=noise)
+    check_counts("digits", batch_size=batch_size, validation_batch_size=validation_batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    columns = _split(sizes, generator)
+    columns["train"]["labels"], is_clean = _corrupted(columns["train"]["labels"], noise, generator)
+    del columns["unlabelled"]["labels"]
+    for name in ("train", "unlabelled"):
+        columns[name]["index"] = torch.arange(sizes[name])
+    return DataBundle(
+        train=shuffled(columns["train"], batch_size),
+        unlabelled=shuffled(columns["unlabelled"], batch_size),
+        validation=shuffled(columns["validation"], validation_batch_size),
+        selection=in_order(columns["selection"], num_selection),
+        test=in_order(columns["test"], num_test),
+        sizes=sizes,
+        facts={"num_features": SIDE * SIDE, "num_labels": NUM_LABELS, "num_examples": num_train},
+        is_clean=is_clean,
+        score=accuracy_score,
+        selection_metric="accuracy",
+        picture=functools.partial(_mosaic, columns["train"]["inputs"], columns["train"]["labels"], is_clean),
+    )
+
+
+def _split(sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
+    """Return each stream's inputs and true labels; no image is in two of them."""
+    check_counts("digits", **{f"num_{name}": size for name, size in sizes.items()})
+    pixels, targets = load_digits(return_X_y=True)
+    total = sum(sizes.values())
+    if total > len(targets):
+        raise ConfigError(
+            f"digits: {', '.join(f'num_{name}' for name in sizes)} sum to {total}, and there are {len(targets)} "
+            "images; ask for fewer"
+        )
+    parts = torch.randperm(len(targets), generator=generator)[:total].split(list(sizes.values()))
+    inputs, labels = torch.as_tensor(pixels, dtype=torch.float32) / 16, torch.as_tensor(targets, dtype=torch.int64)
+    return {name: {"inputs": inputs[rows], "labels": labels[rows]} for name, rows in zip(sizes, parts, strict=True)}
+
+
+def _corrupted(labels: Tensor, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the labels with a fraction `noise` of them wrong, and which ones are still right."""
+    wrong = torch.randperm(len(labels), generator=generator)[: round(noise * len(labels))]
+    shift = torch.randint(1, NUM_LABELS, (len(wrong),), generator=generator)
+    labels, is_clean = labels.clone(), torch.ones(len(labels), dtype=torch.bool)
+    labels[wrong] = (labels[wrong] + shift) % NUM_LABELS
+    is_clean[wrong] = False
+    return labels, is_clean
+
+
+def _mosaic(inputs: Tensor, labels: Tensor, is_clean: Tensor, indices: Sequence[int], path: Path, title: str) -> None:
+    """Draw training images with the label that each carries above it, in red where that label is wrong."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_columns = 10
+    num_rows = max(1, -(-len(indices) // num_columns))
+    figure = Figure(figsize=(num_columns, 1.35 * num_rows + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, index in zip(axes, indices, strict=False):
+        colour = "black" if bool(is_clean[index]) else "firebrick"
+        axis.imshow(inputs[index].view(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axis.set_title(f"“{int(labels[index])}”", color=colour, fontsize=11)
+    figure.savefig(path, dpi=120)

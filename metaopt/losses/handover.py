@@ -1,0 +1,171 @@
+"""Hand-overs: how a trained model's output becomes the next stage's data."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaopt.base.errors import ConfigError, StageError
+from metaopt.core.contracts import HandOver
+from metaopt.core.view import FunctionalModel
+from metaopt.losses.decoding import greedy_decode
+from metaopt.losses.distillation import find_upstream
+from metaopt.losses.logits import IGNORED, model_inputs
+
+_TOGETHER = 16  # batches that are decoded in one go
+
+Upstream = Mapping[str, FunctionalModel]
+
+
+class Answered(HandOver):
+    """Base of the hand-overs in which the trained teacher answers each input, and its answer is the student's sequence.
+
+    Writing is discrete and carries no gradient; `Distillation` (or another loss that reads `upstream`) then takes what
+    the teacher says along the written sequence, in the graph.
+
+    Args:
+        batches: of the teacher's inputs.
+        upstream: the teacher's stage; None for the stage just before.
+    """
+
+    def __init__(self, batches: Iterable[Any], upstream: str | None = None) -> None:
+        super().__init__(batches)
+        self.upstream = upstream
+        self.reads = (upstream,) if upstream else ()
+
+    @abstractmethod
+    def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a batch gains: `decoder_input_ids` and `labels`, say, one row per input.
+
+        Args:
+            module: the teacher's own module with the trained weights, in eval mode.
+            inputs: of a few batches together.
+        """
+
+    def write(self, upstream: Upstream, batches: Sequence[Any]) -> Sequence[Any]:
+        """Let the teacher answer all batches, a few of one shape together."""
+        teacher = find_upstream(upstream, self.upstream, type(self).__name__)
+        written = []
+        for _, alike in itertools.groupby(batches, key=lambda batch: _shapes(_inputs(batch, teacher))):
+            rest = list(alike)
+            while rest:
+                few, rest = rest[:_TOGETHER], rest[_TOGETHER:]
+                answers = self._answers(teacher, [_inputs(batch, teacher) for batch in few])
+                written += [{**batch, **answer} for batch, answer in zip(few, answers, strict=True)]
+        return written
+
+    def _answers(self, teacher: FunctionalModel, few: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        sizes = [len(next(iter(inputs.values()))) for inputs in few]
+        with teacher.as_module() as module:
+            device = next(module.parameters()).device
+            joined = {key: torch.cat([inputs[key] for inputs in few]).to(device) for key in few[0]}
+            found = {key: value.split(sizes) for key, value in self.answer(module, joined).items()}
+        return [{key: parts[i] for key, parts in found.items()} for i in range(len(few))]
+
+
+def _inputs(batch: Mapping[str, Tensor], teacher: FunctionalModel) -> dict[str, Tensor]:
+    unanswered = {key: value for key, value in batch.items() if key != "labels" and not key.startswith("decoder_")}
+    return model_inputs(unanswered, teacher)
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: value.shape[1:] for key, value in inputs.items()}
+
+
+def until_end(answers: Tensor, ends: Sequence[int]) -> Tensor:
+    """Return labels: the answers [B, L], what follows the first end token marked as not to be counted."""
+    ended = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device)).int()
+    return answers.masked_fill(ended.cumsum(1) - ended > 0, IGNORED)
+
+
+class Decoded(Answered):
+    """The trained teacher answers each input by greedy decoding; its answer is the student's sequence.
+
+    Each batch gains `decoder_input_ids` and `labels` [B, max_length]; what follows the end token is not counted. It
+    needs no `generate`: anything that is called `model(input_ids=, attention_mask=, decoder_input_ids=)` will do.
+
+    Args:
+        batches: of inputs for an encoder-decoder: `input_ids`, `attention_mask`.
+        bos_token_id, eos_token_id, pad_token_id: the tokens that begin, end and fill an answer.
+        max_length: tokens of an answer, the end token included.
+        upstream: the teacher's stage; None for the stage just before.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        bos_token_id: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        max_length: int,
+        upstream: str | None = None,
+    ) -> None:
+        super().__init__(batches, upstream)
+        if max_length < 1:
+            raise ConfigError(f"Decoded: max_length={max_length} must be at least 1")
+        self.tokens = {"bos": bos_token_id, "eos": eos_token_id, "pad": pad_token_id}
+        self.max_length = max_length
+
+    def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Decode greedily."""
+        read = inputs["input_ids"], inputs["attention_mask"]
+        answers = greedy_decode(module, *read, **self.tokens, max_length=self.max_length)
+        first = torch.full_like(answers[:, :1], self.tokens["bos"])
+        ids = torch.cat([first, answers[:, :-1]], dim=1)
+        return {"decoder_input_ids": ids, "labels": until_end(answers, [self.tokens["eos"]])}
+
+
+class Generated(Answered):
+    """The trained teacher writes by Hugging Face's own `generate`: sampling, beams, penalties, whatever it can do.
+
+    An encoder-decoder's batch gains `decoder_input_ids` and `labels` [B, L]. A causal model's prompts `input_ids`
+    [B, P] become prompt and continuation, `labels` the same tokens, which a causal model's loss shifts; prompts and
+    what follows the end token are not counted. Samples are drawn from the stage's replayed random state.
+
+    Args:
+        batches: of the teacher's inputs; a causal model's prompts are padded on the left.
+        generation: arguments of `generate`, on top of the model's own generation config: `max_new_tokens`, `num_beams`,
+            `do_sample`, ...
+        upstream: the teacher's stage; None for the stage just before.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], generation: Mapping[str, Any] | None = None, upstream: str | None = None
+    ) -> None:
+        super().__init__(batches, upstream)
+        self.generation = dict(generation or {})
+
+    def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Let `generate` write, and cut its sequences into inputs and labels."""
+        generate: Any = getattr(module, "generate", None)
+        config: Any = getattr(module, "config", None)
+        if generate is None or config is None:
+            raise StageError(
+                f"Generated: the teacher, a {type(module).__name__}, has no generate(); use Decoded(...), or write a "
+                "HandOver of your own"
+            )
+        causal = not config.is_encoder_decoder
+        mask = inputs.get("attention_mask")
+        if causal and mask is not None and not bool(mask[:, -1].all()):
+            raise StageError("Generated: a causal model's prompts must be padded on the left: padding_side='left'")
+        written: Tensor = generate(**inputs, **self.generation, return_dict_in_generate=False)
+        if not causal:
+            return {"decoder_input_ids": written[:, :-1], "labels": until_end(written[:, 1:], self._ends(module))}
+        prompt = inputs["input_ids"].shape[1]
+        labels = until_end(written[:, prompt:], self._ends(module))
+        found = {"input_ids": written, "labels": F.pad(labels, (prompt, 0), value=IGNORED)}
+        if mask is not None:
+            found["attention_mask"] = F.pad(mask, (0, written.shape[1] - prompt), value=1)
+            found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return found
+
+    def _ends(self, module: Any) -> list[int]:
+        ends = self.generation.get("eos_token_id", module.generation_config.eos_token_id)
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

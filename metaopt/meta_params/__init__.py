@@ -1,0 +1,1 @@
+"""What the outer problem learns."""

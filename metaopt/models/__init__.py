@@ -1,0 +1,1 @@
+"""Models built from a config or loaded from a folder."""

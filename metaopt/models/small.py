@@ -1,0 +1,193 @@
+"""Models built from a config or loaded from a folder, and whether they fit the data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderConfig, EncoderDecoderModel
+
+from metaopt.base.errors import ConfigError
+from metaopt.base.ranges import check_counts
+
+
+def encoder_decoder(
+    vocab_size: int,
+    pad_token_id: int,
+    bos_token_id: int,
+    eos_token_id: int,
+    max_length: int,
+    hidden_size: int = 64,
+    num_layers: int = 1,
+    num_heads: int = 4,
+    intermediate_size: int = 128,
+    dropout: float = 0.0,
+    initializer_range: float = 0.1,
+    max_target_length: int | None = None,
+) -> EncoderDecoderModel:
+    """Return a BERT encoder and a BERT decoder with cross-attention, freshly initialised.
+
+    Args:
+        vocab_size: of both, inputs and answers.
+        pad_token_id, bos_token_id, eos_token_id: the tokens that fill, begin and end an answer.
+        max_length: tokens of the longest input.
+        hidden_size, num_layers, num_heads, intermediate_size: of each of the two; num_heads divides hidden_size.
+        dropout: of hidden states and attention, from 0 to below 1.
+        initializer_range: standard deviation of the initial weights. BERT's own 0.02 is meant for width 768; a width of
+            64 learns faster from 0.1.
+        max_target_length: tokens of the longest answer; None if none is longer than the longest input.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+    where = "encoder_decoder"
+    check_counts(where, vocab_size=vocab_size, max_length=max_length, hidden_size=hidden_size)
+    check_counts(where, num_layers=num_layers, num_heads=num_heads, intermediate_size=intermediate_size)
+    max_length = max(max_length, max_target_length or 0)
+    if hidden_size % num_heads:
+        raise ConfigError(f"{where}: num_heads={num_heads} must divide hidden_size={hidden_size}")
+    if not (isinstance(initializer_range, int | float) and initializer_range > 0):
+        raise ConfigError(f"{where}: initializer_range={initializer_range!r} must be a positive number")
+    _check_dropout(where, dropout)
+    tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    _check_tokens(where, tokens, vocab_size)
+    options: dict[str, Any] = dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_length,
+        hidden_dropout_prob=float(dropout),
+        attention_probs_dropout_prob=float(dropout),
+        initializer_range=float(initializer_range),
+        type_vocab_size=1,
+        **tokens,
+    )
+    # No cache in a training step; generate() asks for one by itself.
+    encoder, decoder = BertConfig(**options), BertConfig(**options, use_cache=False)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)  # makes `decoder` a decoder
+    halves = BertModel(config.encoder, add_pooling_layer=False), BertLMHeadModel(config.decoder)
+    return _with_tokens(EncoderDecoderModel(config, *halves), tokens)
+
+
+def pretrained_encoder_decoder(
+    encoder: str, pad_token_id: int, bos_token_id: int, eos_token_id: int, decoder: str | None = None
+) -> EncoderDecoderModel:
+    """Return an encoder-decoder whose two halves are loaded; the cross-attention between them is new.
+
+    Args:
+        encoder: a folder written by `save_pretrained`, or a name on the Hugging Face hub.
+        pad_token_id, bos_token_id, eos_token_id: the tokens that fill, begin and end an answer.
+        decoder: the same for the decoder; None takes the encoder's.
+
+    Raises:
+        ConfigError: a folder or name cannot be loaded.
+    """
+    names = {"encoder": encoder, "decoder": encoder if decoder is None else decoder}
+    try:
+        model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(names["encoder"], names["decoder"])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"pretrained_encoder_decoder: cannot load encoder={names['encoder']!r}, decoder={names['decoder']!r}: "
+            f"give a folder written by save_pretrained, or a name on the Hugging Face hub ({reason})"
+        ) from error
+    if "add_pooling_layer" in inspect.signature(type(model.encoder).__init__).parameters:
+        model.encoder.pooler = None  # its output is never read
+    tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    _check_tokens("pretrained_encoder_decoder", tokens, model.config.decoder.vocab_size)
+    return _with_tokens(model, tokens)
+
+
+def _with_tokens(model: EncoderDecoderModel, tokens: Mapping[str, int]) -> EncoderDecoderModel:
+    """Tell the model, and its `generate`, the tokens that begin, end and fill an answer."""
+    for config in (model.config, model.generation_config):
+        for name, token in tokens.items():
+            setattr(config, name, token)
+        config.decoder_start_token_id = tokens["bos_token_id"]
+    return model
+
+
+def _check_tokens(where: str, tokens: Mapping[str, Any], vocab_size: int) -> None:
+    for name, token in tokens.items():
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"{where}: {name}={token!r} must be a token of the vocabulary, from 0 to {vocab_size - 1}"
+            )
+
+
+def _check_dropout(where: str, dropout: float) -> None:
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ConfigError(f"{where}: dropout={dropout!r} must lie between 0 and 1 (1 excluded)")
+
+
+class MLP(nn.Module):
+    """A multi-layer perceptron. GELU, since its second derivative is not zero almost everywhere as that of ReLU is.
+
+    Args:
+        num_features: F.
+        hidden_sizes: width of each hidden layer; empty for a linear model.
+        num_labels: C.
+        dropout: after each hidden layer, from 0 to below 1.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self, num_features: int, hidden_sizes: Sequence[int] = (64,), num_labels: int = 10, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        check_counts("MLP", num_features=num_features, num_labels=num_labels)
+        check_counts("MLP", **{f"hidden_sizes[{i}]": size for i, size in enumerate(hidden_sizes)})
+        _check_dropout("MLP", dropout)
+        self.num_features, self.num_labels = num_features, num_labels
+        widths = [num_features, *hidden_sizes]
+        hidden = [
+            layer
+            for before, after in pairwise(widths)
+            for layer in (nn.Linear(before, after), nn.GELU(), nn.Dropout(dropout))
+        ]
+        self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], num_labels))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits [B, C] of inputs [B, F]."""
+        return self.layers(inputs)
+
+
+def check_fits(model: nn.Module, facts: Mapping[str, Any], stage_name: str) -> None:
+    """Raise a ConfigError where a model cannot take the data: vocabulary, length, features or labels.
+
+    Args:
+        model: of one stage.
+        facts: `DataBundle.facts`.
+        stage_name: for the message.
+    """
+    config = getattr(model, "config", None)
+    encoder, decoder = getattr(config, "encoder", config), getattr(config, "decoder", config)
+    lengths = ("max_length", "max_target_length")
+    for half, part, length in (("encoder", encoder, lengths[0]), ("decoder", decoder, lengths[1])):
+        half = f"{half} " if encoder is not decoder else ""
+        _check_at_least(stage_name, f"{half}vocabulary", part, "vocab_size", facts, "vocab_size")
+        _check_at_least(stage_name, f"{half}positions", part, "max_position_embeddings", facts, length)
+    for name in ("num_features", "num_labels"):
+        has, needs = getattr(model, name, None), facts.get(name)
+        if isinstance(has, int) and needs is not None and has != needs:
+            raise ConfigError(
+                f"stage {stage_name!r}: the model's {name} is {has}, and the data's is {needs}; build it with "
+                f"{name}={needs} (in a config: {name}: ${{facts.{name}}})"
+            )
+
+
+def _check_at_least(stage_name: str, what: str, config: Any, name: str, facts: Mapping[str, Any], fact: str) -> None:
+    has, needs = getattr(config, name, None), facts.get(fact)
+    if isinstance(has, int) and needs is not None and has < needs:
+        raise ConfigError(
+            f"stage {stage_name!r}: the model's {what} ({name}={has}) is smaller than the data's ({fact}={needs}); "
+            f"build it with {name}={needs} or more (in a config: ${{facts.{fact}}}), or give the data set this model's "
+            "tokenizer"
+        )

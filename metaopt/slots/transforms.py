@@ -1,0 +1,125 @@
+"""Ready parts of an inner training: gradient clipping, optimizers with parameter groups, schedules in sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+
+from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.base.ranges import matching
+
+Tensors = dict[str, Tensor]
+
+
+class ClipNorm:
+    """Scale all gradients of a step so that their joint norm is at most `max_norm`; differentiated through.
+
+    `g ← g · min(1, max_norm / (‖g‖ + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        max_norm: above 0.
+        norm_type: p of the p-norm; `inf` for the largest entry.
+    """
+
+    def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
+        if not (max_norm > 0 and norm_type > 0):
+            raise ConfigError(f"ClipNorm: max_norm={max_norm} and norm_type={norm_type} must be above 0")
+        self.max_norm, self.norm_type = float(max_norm), float(norm_type)
+
+    def __repr__(self) -> str:
+        return f"ClipNorm(max_norm={self.max_norm}, norm_type={self.norm_type})"
+
+    def __call__(self, gradients: Tensors) -> Tensors:
+        """Return the clipped gradients, by the same names."""
+        if not gradients:
+            return {}
+        norms = [torch.linalg.vector_norm(g, self.norm_type) for g in gradients.values()]
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), self.norm_type)
+        scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return {name: g * scale.to(g) for name, g in gradients.items()}
+
+
+class ClipValue:
+    """Clip every entry of every gradient to [−value, value], as `torch.nn.utils.clip_grad_value_`.
+
+    The derivative is 1 inside and 0 outside.
+
+    Args:
+        value: above 0.
+    """
+
+    def __init__(self, value: float) -> None:
+        if not value > 0:
+            raise ConfigError(f"ClipValue: value={value} must be above 0")
+        self.value = float(value)
+
+    def __repr__(self) -> str:
+        return f"ClipValue({self.value})"
+
+    def __call__(self, gradients: Tensors) -> Tensors:
+        """Return the clipped gradients, by the same names."""
+        return {name: g.clamp(-self.value, self.value) for name, g in gradients.items()}
+
+
+def grouped(
+    params: Sequence[Any],
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+    no_decay: Sequence[str] = (),
+    groups: Sequence[Mapping[str, Any]] = (),
+) -> Optimizer:
+    """Build an optimizer over parameter groups that are chosen by name.
+
+    An optimizer's factory for a stage: `functools.partial(metaopt.grouped, optimizer=adamw, no_decay=["*.bias"])`.
+
+    Args:
+        params: the trained parameters, as a stage hands them over (with their names).
+        optimizer: parameter groups → optimizer.
+        no_decay: patterns (`*.bias`, `encoder.*`) of the parameters whose weight decay is 0.
+        groups: `{"names": patterns, option: value, …}`; a parameter belongs to the first one that names it.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or parameters that come without names.
+    """
+    names = getattr(params, "names", None)
+    if names is None:
+        raise ConfigError(
+            "grouped: the parameters come without names; give it to a stage as a factory: Stage(model, "
+            "functools.partial(metaopt.grouped, optimizer=..., no_decay=[...]), ...)"
+        )
+    undecayed = matching("grouped: no_decay", no_decay, names, "trained parameter")
+    members: dict[tuple[int, bool], list[Any]] = {}
+    chosen = [
+        matching(f"grouped: groups[{i}].names", group.get("names", ()), names, "trained parameter")
+        for i, group in enumerate(groups)
+    ]
+    for name, param in zip(names, params, strict=True):
+        which = next((i for i, found in enumerate(chosen) if name in found), -1)
+        members.setdefault((which, name in undecayed), []).append(param)
+    specs = []
+    for (which, without), group_params in sorted(members.items()):
+        options = {} if which < 0 else {k: v for k, v in groups[which].items() if k != "names"}
+        specs.append({"params": group_params, **options, **({"weight_decay": 0.0} if without else {})})
+    built = optimizer(specs)
+    for key in {key for spec in specs for key in spec} - {"params"}:
+        if key not in built.defaults:
+            kind = type(built).__name__
+            raise ConfigError(f"grouped: {kind} has no hyperparameter {key!r}{did_you_mean(key, built.defaults)}")
+    return built
+
+
+def sequential(
+    optimizer: Optimizer, schedules: Sequence[Callable[[Optimizer], LRScheduler]], milestones: Sequence[int]
+) -> SequentialLR:
+    """Build `torch.optim.lr_scheduler.SequentialLR` from schedules that wait for their optimizer.
+
+    Args:
+        optimizer: the stage's.
+        schedules: optimizer → scheduler, each a `functools.partial`.
+        milestones: the step at which each schedule but the first begins.
+    """
+    return SequentialLR(optimizer, [schedule(optimizer) for schedule in schedules], milestones=list(milestones))

@@ -1,0 +1,238 @@
+"""Chains as they are put together, trained plainly, saved and resumed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+from typing import Any
+
+import pytest
+import torch
+from chains import full_chain, shuffled
+from small import (
+    ADAM,
+    SGD,
+    assert_same,
+    chain_state,
+    cross_entropy,
+    example_weights,
+    feature_batches,
+    module_state,
+    one_stage,
+    tensors_of,
+    two_stages,
+)
+from small_models import Linear, Network
+from torch import Tensor, nn
+
+import metaopt
+
+# --- plain training
+
+
+def test_train_gives_detached_models_and_reports_every_step():
+    chain, seen = full_chain(), []
+    outcome = chain.train(example_weights(), 2, on_step=lambda name, t, loss: seen.append((name, t, float(loss))))
+    assert [(name, t) for name, t, _ in seen] == [("teacher", 0), ("teacher", 1), ("student", 0), ("student", 1)]
+    assert [loss for name, _, loss in seen if name == "student"] == outcome.losses["student"].tolist()
+    assert not any(p.requires_grad for model in outcome.values() for p in model.params.values())
+    assert_same(tensors_of(outcome)["student"]["params"], module_state(chain.stages["student"].model)["params"])
+
+
+def test_a_long_training_is_one_sweep():
+    """It is run in parts, to look ahead in the data no more than needed: no seam shows, in no state."""
+    whole, parts = (full_chain(num_steps=150) for _ in range(2))
+    with torch.no_grad():
+        expected = whole.unroll(example_weights())
+    found = parts.train(example_weights())
+    assert_same(tensors_of(found), tensors_of(expected))
+    whole.commit(expected)
+    assert_same(chain_state(parts)["state"], chain_state(whole)["state"])
+
+
+def test_no_steps_leave_a_stage_as_it_is_whatever_its_batches():
+    def refuse(upstream: Any) -> Any:
+        raise AssertionError("must not be called")
+
+    student = metaopt.Stage(Network(), SGD, metaopt.CrossEntropy(), refuse, num_steps=2, seed=1)
+    chain = metaopt.Chain(teacher=two_stages().stages["teacher"], student=student)
+    before = chain_state(chain)["state"]
+    outcome = chain.train(example_weights(), num_steps={"teacher": 1, "student": 0})
+    assert list(outcome.losses["student"]) == []
+    after = chain_state(chain)["state"]
+    assert_same(after["student"], before["student"])
+    assert after["teacher"]["random"]["steps"] == 1
+
+
+@pytest.mark.parametrize("num_steps", [-1, 1.5, {"student": -2}])
+def test_step_counts_that_are_none_are_refused(num_steps):
+    with pytest.raises(metaopt.ConfigError, match=r"must be a whole number from 0"):
+        full_chain().train(example_weights(), num_steps=num_steps)
+
+
+def test_a_training_that_fails_half_way_makes_earlier_outcomes_stale():
+    chain = full_chain()
+    outcome = chain.unroll(example_weights())
+    chain.stages["student"].loss = lambda *args: torch.tensor(float("nan"), requires_grad=True)
+    with pytest.raises(metaopt.StageError):
+        chain.train(example_weights())
+    with pytest.raises(metaopt.StageError, match="a state that the chain has left"):
+        chain.commit(outcome)
+
+
+# --- saved and resumed
+
+
+def saved(state: Any) -> Any:
+    """The state through a file that may hold nothing but tensors and plain values."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+def test_a_chain_resumes_bitwise_from_a_file(num_before):
+    """In another process: other initial weights, other seeds; in the middle of a shuffled epoch."""
+    chain, weights = full_chain(), example_weights()
+    for _ in range(num_before):
+        chain.commit(chain.unroll(weights))
+    state = saved(chain.state_dict())
+    torch.manual_seed(99)
+    resumed = metaopt.Chain(
+        teacher=metaopt.Stage(Network(0.3, batch_norm=True), ADAM, metaopt.WeightedLoss(), shuffled(), 3),
+        student=metaopt.Stage(Network(0.3, batch_norm=True), ADAM, metaopt.Distillation(), shuffled(), 3),
+    )
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        outcomes = [c.unroll(weights) for c in (chain, resumed)]
+        assert_same(tensors_of(outcomes[1]), tensors_of(outcomes[0]))
+        for c, outcome in zip((chain, resumed), outcomes, strict=True):
+            c.commit(outcome)
+            c.reset(["student"])
+    assert_same(chain_state(resumed)["state"], chain_state(chain)["state"])
+
+
+def test_a_state_held_in_memory_does_not_move_with_the_chain():
+    chain = full_chain()
+    state = chain.state_dict()
+    kept = copy.deepcopy(state)
+    expected = tensors_of(chain.unroll(example_weights()))
+    for _ in range(2):
+        chain.commit(chain.unroll(example_weights()))
+        chain.stages["teacher"].optimizer.param_groups[0]["lr"] = 3.0
+        assert_same(state, kept)
+        chain.load_state_dict(state)
+        assert_same(chain_state(chain)["state"], kept)
+        assert_same(tensors_of(chain.unroll(example_weights())), expected)
+
+
+def test_a_factory_draws_the_same_models_after_a_resume():
+    def chain(seed: int) -> metaopt.Chain:
+        return metaopt.Chain(only=metaopt.Stage(Linear, SGD, metaopt.WeightedLoss(), feature_batches(), 2, seed=seed))
+
+    first, second = chain(1), chain(2)
+    first.reset()
+    second.load_state_dict(saved(first.state_dict()))
+    first.reset()
+    second.reset()
+    assert_same(chain_state(first)["state"], chain_state(second)["state"])
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    chain = full_chain()
+    with pytest.raises(metaopt.ConfigError, match=r"stages \['teacher'\] do not fit the chain's"):
+        chain.load_state_dict({"teacher": chain.state_dict()["teacher"]})
+    state = chain.state_dict()
+    del state["student"]["model"]["last.bias"]
+    with pytest.raises(metaopt.ConfigError, match=r"no 'last\.bias'"):
+        chain.load_state_dict(state)
+
+
+# --- what goes wrong leaves the chain as it was
+
+
+def test_a_non_finite_inner_loss_names_the_stage_and_the_step():
+    def overflows(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        return cross_entropy(model, batch, meta_params, upstream) / (0.0 if int(batch["index"][0]) else 1.0)
+
+    chain = one_stage(overflows)
+    before = chain_state(chain)
+    for run in (chain.unroll, chain.train):
+        with pytest.raises(metaopt.NonFiniteError, match=r"stage 'only': the inner loss is inf at inner step 1 of 3"):
+            run(example_weights())
+    assert_same(chain_state(chain), before)
+
+
+def test_non_finite_weights_are_named():
+    huge = functools.partial(torch.optim.SGD, lr=1e308)
+    chain = one_stage(
+        lambda model, batch, meta, up: 100 * model.params["linear.weight"].sum(), optimizer=huge, num_steps=1
+    )
+    with pytest.raises(metaopt.NonFiniteError, match=r"parameter 'linear\.weight' is not finite after 1 inner steps"):
+        chain.unroll(example_weights())
+
+
+BAD_LOSSES: dict[str, tuple[Any, str]] = {
+    "per example": (lambda model, b, meta, up: model(b["inputs"]).sum(1), r"got shape \[5\]; reduce it with \.mean"),
+    "a number": (lambda model, b, meta, up: 3.0, r"scalar tensor, got a float"),
+    "no graph": (lambda model, b, meta, up: model(b["inputs"]).mean().detach(), r"without a graph: .*torch\.no_grad"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOSSES)
+@pytest.mark.parametrize("run", ["unroll", "train"])
+def test_losses_that_are_no_scalar_in_a_graph_are_refused(case, run):
+    loss, message = BAD_LOSSES[case]
+    with pytest.raises(metaopt.StageError, match=f"the loss of stage 'only' .*{message}"):
+        getattr(one_stage(loss), run)(example_weights())
+
+
+# --- putting a chain together
+
+
+def test_a_chain_needs_stages_in_the_order_in_which_they_read_each_other():
+    teacher = one_stage().stages["only"]
+
+    def reading(name: str) -> metaopt.Stage:
+        return metaopt.Stage(Linear(), SGD, metaopt.Distillation(name), feature_batches(), 2)
+
+    with pytest.raises(metaopt.ConfigError, match="no stages"):
+        metaopt.Chain()
+    with pytest.raises(metaopt.ConfigError, match="'teacher' is a Linear, not a Stage"):
+        metaopt.Chain(teacher=Linear())  # type: ignore[arg-type]
+    with pytest.raises(metaopt.ConfigError, match=r"Distillation reads stage 'techer', .*did you mean 'teacher'"):
+        metaopt.Chain(teacher=teacher, student=reading("techer"))
+    with pytest.raises(metaopt.ConfigError, match=r"stage 'student': .* does not come before it"):
+        metaopt.Chain(student=reading("teacher"), teacher=teacher)
+    assert repr(metaopt.Chain(teacher=teacher, student=reading("teacher"))) == "Chain(teacher → student)"
+
+
+def test_a_loss_without_a_name_learns_from_the_stage_just_before():
+    chain = two_stages()
+    chain.stages["student"].loss = metaopt.Distillation()
+    assert_same(tensors_of(chain.unroll(example_weights())), tensors_of(two_stages().unroll(example_weights())))
+    with pytest.raises(metaopt.ConfigError, match="its stage is the first of the chain"):
+        one_stage(metaopt.Distillation()).unroll(example_weights())
+
+
+def test_stages_that_share_a_parameter_are_refused():
+    model = Linear()
+    shared = [metaopt.Stage(model, SGD, metaopt.CrossEntropy(), feature_batches(), 2) for _ in range(2)]
+    with pytest.raises(metaopt.ConfigError, match=r"'first' and 'second' share the parameter .*initial="):
+        metaopt.Chain(first=shared[0], second=shared[1])
+    with pytest.raises(metaopt.ConfigError, match="share the parameter"):
+        metaopt.Chain(first=shared[0], second=shared[0])
+
+
+def test_meta_parameters_that_a_commit_would_overwrite_are_refused():
+    chain = one_stage()
+    with pytest.raises(metaopt.ConfigError, match=r"is the parameter 'only\.linear\.weight'.*deepcopy"):
+        chain.unroll(chain.stages["only"].model)
+
+
+@pytest.mark.parametrize("given", [torch.ones(3).numpy(), {"a": 1.0}, None, [nn.Linear(1, 1)]])
+def test_what_is_neither_tensor_nor_module_is_refused(given):
+    with pytest.raises(metaopt.ConfigError, match=r"give a tensor that requires grad, an nn\.Module"):
+        one_stage().unroll(given)
