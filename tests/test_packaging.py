@@ -87,10 +87,10 @@ def test_the_wheel_runs_from_a_foreign_folder(installed: Path, tmp_path: Path) -
     assert "lr: 0.5" in shown
 
 
-def test_the_readme_s_own_parts_run_from_a_foreign_folder(installed: Path, tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(# mine\.py\n.*?)```", readme, re.DOTALL)
-    command = re.search(r"^    metaopt (experiment=digits data=custom .*\n.*Worst)$", readme, re.MULTILINE)
+def test_parts_of_one_s_own_run_from_a_foreign_folder(installed: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "your_own.md").read_text()
+    code = re.search(r"```python\n(# mine\.py\n.*?)```", page, re.DOTALL)
+    command = re.search(r"^    metaopt (experiment=digits data=custom .*\n.*Worst)$", page, re.MULTILINE)
     assert code is not None
     assert command is not None
     assert len(code[1].splitlines()) <= 40

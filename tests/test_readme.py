@@ -1,4 +1,4 @@
-"""The code, the commands and the options of the README (and of docs/) work as they stand there."""
+"""The code, the commands, the options and the links of the README and of docs/ work as they stand there."""
 
 import json
 import logging
@@ -19,19 +19,22 @@ from metaopt.app import cli
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [README, *DOCS]
+OF_ONE_S_OWN = ROOT / "docs" / "your_own.md"  # the page with mine.py
 VOCABULARY, BATCH, LENGTH = 20, 4, 6
 
 
-def code_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def code_blocks(page: Path = README) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def bert2bert() -> EncoderDecoderModel:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
     halves = [BertConfig(**sizes) for _ in range(2)]
-    return EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*halves))
+    tokens = {"decoder_start_token_id": 1, "pad_token_id": 0}
+    return EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*halves, **tokens))
 
 
 def batch(start: int) -> dict[str, torch.Tensor]:
@@ -39,31 +42,42 @@ def batch(start: int) -> dict[str, torch.Tensor]:
     return {**tokens, "index": torch.arange(start, start + BATCH)}
 
 
-def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the README's first example leaves behind, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    train_batches = [batch(0), batch(BATCH)]
     student = bert2bert()
-    namespace: dict[str, Any] = {
+    given: dict[str, Any] = {
         "train": range(2 * BATCH),
         "model1": bert2bert(),
         "model2": student,
-        "train_batches": train_batches,
+        "train_batches": [batch(0), batch(BATCH)],
         "unlabelled_batches": [batch(0)],
         "validation_batches": [batch(0), batch(0)],
+        "before": {key: value.clone() for key, value in student.state_dict().items()},
     }
-    before = {key: value.clone() for key, value in student.state_dict().items()}
-    example, trainer = code_blocks()[:2]
-    exec(example, namespace)
+    exec(code_blocks()[0], given)
+    return given
+
+
+def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight(namespace, tmp_path) -> None:
     assert bool((namespace["weights"].logits != 0).all())
-    after = student.state_dict()
+    before, after = namespace["before"], namespace["model2"].state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before), "commit carries on from the trained weights"
-    exec(trainer, namespace)
+    exec(code_blocks()[1], namespace)
     assert namespace["result"].meta_steps == 2
     assert len((tmp_path / "runs" / "mine" / "metrics.csv").read_text().splitlines()) == 3
-    namespace["weights"].zero_grad()
-    exec(next(block for block in code_blocks() if "Checkpointed" in block), namespace)
-    assert bool((namespace["weights"].logits.grad != 0).all())
+
+
+@pytest.mark.filterwarnings("ignore:`lr_scheduler.step:UserWarning")
+@pytest.mark.parametrize("page", [page for page in DOCS if "```python" in page.read_text()], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_behind_the_example(page, namespace) -> None:
+    for block in code_blocks(page):
+        if not block.startswith("# mine.py"):  # see `_own_folder`
+            exec(block, namespace)
+    if page.stem == "estimators":
+        assert bool((namespace["weights"].logits.grad != 0).all())
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
@@ -100,11 +114,11 @@ def smallest(command: str) -> list[str]:
 
 @pytest.fixture
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder with the files that the README speaks of; what a command changes in this process is put back."""
+    """A folder with the files that the pages speak of; what a command changes in this process is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    (tmp_path / "mine.py").write_text(next(code for code in code_blocks() if code.startswith("# mine.py")))
+    (tmp_path / "mine.py").write_text(next(code for code in code_blocks(OF_ONE_S_OWN) if code.startswith("# mine.py")))
     for i, name in enumerate(("train", "more", "dev", "sel", "test")):
         rows = [{"question": f"{i}{j}?", "answer": f"{j}", "origin": "ab"[j % 2]} for j in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,3 +177,30 @@ def test_every_public_name_that_is_named_exists() -> None:
         "__version__",
         *("chosen", "file", "groups"),
     }  # help's resolvers
+
+
+# --- pages ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 200
+    assert {f"docs/{page.name}" for page in DOCS} <= set(re.findall(r"\]\(([^)#]+)", README.read_text()))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_a_page_says_for_whom_it_is(page) -> None:
+    title, _, first = page.read_text().splitlines()[:3]
+    assert title.startswith("# ")
+    assert first.startswith("For ")
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *ROOT.glob("experiments/*/*.md")], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_every_link_and_path_leads_somewhere(page) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:|\*)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`(?:python |pytest )?((?:metaopt|conf|tests|experiments|docs)/[\w./]*)", text):
+        assert (ROOT / path).exists(), path

@@ -147,7 +147,7 @@ def better_elsewhere(work: WorkResults) -> list[str]:
             theirs = getattr(work, what)(t, other.name)
             best = min((x for n in ours if (x := getattr(work, what)(t, n)) is not None), default=None)
             if theirs is not None and best is not None and theirs < best:
-                parts.append(f"T = {t}: {theirs:.1f} {units[what]} (the least exact here: {best:.1f})")
+                parts.append(f"T = {t}: {theirs:.1f} {units[what]} (here, exact: {best:.1f})")
         cosine = work.get(work.shown, other.name, "float32", "cosine")
         kind = "exact" if other.exact else "approximate" + ("" if cosine is None else f", cosine {cosine:.2f}")
         found += [f"{other.label} ({kind}): {'; '.join(parts)}."] if parts else []

@@ -1,7 +1,7 @@
 """Tables and plots of what `run.py` has measured.
 
 python experiments/benchmark/report.py                          # RESULTS.md and plots beside results.json
-python experiments/benchmark/report.py --readme README.md       # also the section between the README's markers
+python experiments/benchmark/report.py --readme docs/benchmark.md   # also between that page's markers
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def short(work: WorkResults) -> str:
         spent = [number(work.time(s, n), ".1f") for s in work.steps if s in (10, 50)]
         megabytes = number(None if held is None else held / 1e6, ",.0f")
         own = [UNIT_CELL, UNIT_CELL] if n == UNIT else errors
-        rows.append([c.label, *own, number(work.flops(n), ".1f"), *spent, megabytes])
+        rows.append([c.label, *own, number(work.flops(n)), *spent, megabytes])
     title = f"Two trainings in a row ({work.title}); flops and wall time over those of plain training:\n"
     lines = [title, table(head, rows)]
     better = better_elsewhere(work) or ["nobody, in any cell that was measured."]
@@ -187,7 +187,7 @@ def insert(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Write RESULTS.md, the plots, and the README's section if asked for."""
+    """Write RESULTS.md, the plots, and a page's section if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=HERE / "results.json")
     parser.add_argument("--readme", type=Path, help="file with the marker comments to write between")

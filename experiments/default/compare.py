@@ -193,7 +193,7 @@ def show(console: Console, runs: Sequence[Mapping[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", default="0.3,1,3", help="factors on the learning rates, to choose among")
+    parser.add_argument("--rates", default="0.03,0.1,0.3,1,3,10", help="factors on the learning rates, to choose among")
     parser.add_argument("--out", default="dates", help="name of the JSON file beside this script")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as experiment=digits")
     arguments = parser.parse_intermixed_args()
