@@ -22,10 +22,9 @@ from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, named_tensors
 from metaopt.core.non_finite import LOOK, _broken
 from metaopt.core.view import FunctionalModel, Models
-from metaopt.estimators.products.base import Loss, Pullback, Wanted, leaves, linearized
-from metaopt.estimators.products.double_backward import DoubleBackward
-from metaopt.estimators.step_loss import Key
-from metaopt.estimators.stores import StepRecord
+from metaopt.estimators.products.base import DoubleBackward, Pullback, Wanted, leaves, linearized
+from metaopt.estimators.step_loss import Key, StepLoss
+from metaopt.estimators.storage import StepRecord
 from metaopt.estimators.sweep import Sweep
 from metaopt.estimators.update_vjp import Below
 
@@ -134,7 +133,7 @@ class _Looking(DoubleBackward):
     line = ""
 
     def linearize(
-        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+        self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
     ) -> tuple[Any, Pullback]:
         """Build the gradient with its graph, every node of which notes where it comes from."""
         with torch.enable_grad(), warnings.catch_warnings():

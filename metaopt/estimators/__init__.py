@@ -4,9 +4,8 @@ from metaopt.core.contracts import Estimator
 from metaopt.core.unrolled import Unrolled
 from metaopt.estimators.checkpointed import Checkpointed, FirstOrder, OneStep, Truncated
 from metaopt.estimators.fixed_point import ConjugateGradient, Neumann
-from metaopt.estimators.products.base import Product
+from metaopt.estimators.products.base import DoubleBackward, Product
 from metaopt.estimators.products.captured import Captured
-from metaopt.estimators.products.double_backward import DoubleBackward
 from metaopt.estimators.products.finite_difference import FiniteDifference
 
 __all__ = [

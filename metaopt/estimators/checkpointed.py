@@ -9,10 +9,8 @@ from metaopt.core.contracts import Estimator, Upstream
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.estimators.places import PlaceName
-from metaopt.estimators.products.base import Product
-from metaopt.estimators.products.double_backward import DoubleBackward
-from metaopt.estimators.storage import Storage
-from metaopt.estimators.stores import Kept
+from metaopt.estimators.products.base import DoubleBackward, Product
+from metaopt.estimators.storage import Kept, Storage
 from metaopt.estimators.sweep import Sweep
 
 
@@ -69,8 +67,7 @@ class Checkpointed(Estimator):
         first: int = 0,
         first_order: bool = False,
     ) -> InnerResult:
-        kept, place = self.storage.resolve(loop, loop.num_steps - first, meta_params, upstream)
-        return Sweep(loop, meta_params, upstream, self.product, kept, place, first, first_order).run()
+        return Sweep(loop, meta_params, upstream, self.product, self.storage, first, first_order).run()
 
 
 class Truncated(Checkpointed):
@@ -80,8 +77,7 @@ class Truncated(Checkpointed):
     geometrically in `last` where the inner loss is strongly convex. Learned initial weights get no hypergradient.
 
     Args:
-        last: how many steps, at least 1; the whole stage if it is shorter.
-        product, store, place, budget, folder: as of `Checkpointed`.
+        last: how many steps, at least 1; the whole stage if it is shorter. The rest is as of `Checkpointed`.
     """
 
     def __init__(
@@ -98,7 +94,7 @@ class Truncated(Checkpointed):
         self.last = last
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.last}, product={self.product!r}, {self.storage})"
+        return f"Truncated({self.last}, product={self.product!r}, {self.storage})"
 
     @property
     def exact(self) -> bool:
@@ -115,9 +111,6 @@ class OneStep(Truncated):
 
     In a chain of two such stages this is `dL3/dW · d²L2/dW dWo · d²L1/dWo dA`, with each optimizer's own derivative
     between the factors (T1–T2 of Luketina et al., 2016, arXiv:1511.06727).
-
-    Args:
-        product: as of `Checkpointed`.
     """
 
     def __init__(self, product: Product | None = None) -> None:
@@ -132,10 +125,7 @@ class FirstOrder(Checkpointed):
 
     The hypergradient keeps `Σ_t u_t ∂²L/∂θ∂φ`, so what a loss reads still gets one; initial weights get that of
     first-order MAML (Nichol et al., 2018, arXiv:1803.02999). The error is of the order of the inner learning rate times
-    the number of steps.
-
-    Args:
-        product, store, place, budget, folder: as of `Checkpointed`.
+    the number of steps. The arguments are those of `Checkpointed`.
     """
 
     @property

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from metaopt.base.errors import ConfigError, StageError
 from metaopt.base.ranges import check_counts
-from metaopt.core.contracts import Estimator, Upstream
+from metaopt.core.contracts import Estimator, Tensors, Upstream
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
-from metaopt.estimators.products.base import Product, Wanted
-from metaopt.estimators.products.double_backward import DoubleBackward
+from metaopt.estimators.products.base import DoubleBackward, Product, Wanted
 from metaopt.estimators.step_loss import Key
-from metaopt.estimators.sweep import Sweep, Tensors
+from metaopt.estimators.sweep import Sweep
 from metaopt.estimators.update_vjp import Below, add
 
 
@@ -39,13 +38,32 @@ class FixedPoint(Estimator, ABC):
 
     @abstractmethod
     def solve(self, sweep: FixedPointSweep, cotangents: Tensors, others: dict[Key, Tensor]) -> None:
-        """Add the cotangents of meta-parameters and upstream weights to `others`.
+        """Add the cotangents of meta-parameters and upstream weights to `others`, from those of the trained weights."""
 
-        Args:
-            sweep: has the last step, and the weights after it.
-            cotangents: of the trained weights.
-            others: added to in place.
-        """
+
+class FixedPointSweep(Sweep):
+    """A sweep over the last step alone, which its estimator solves for a fixed point."""
+
+    trained: Tensors
+
+    def __init__(
+        self, estimator: FixedPoint, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream
+    ) -> None:
+        super().__init__(loop, meta_params, upstream, estimator.product, first=loop.num_steps - 1)
+        self._estimator = estimator
+
+    def forward(self, start: Sequence[Tensor]) -> InnerResult:
+        """Run every step; keep the last one, and the weights after it."""
+        result = super().forward(start)
+        # detached: the stage's node, which these tensors get, refers to this sweep
+        self.trained = {name: result.model.params[name].detach() for name in self.loop.rule.names}
+        return result
+
+    def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
+        """Return no cotangent of the initial weights: a fixed point has forgotten them."""
+        self.last_step = self.rebuild(self.first, free)
+        self._estimator.solve(self, cotangents, others)
+        return {}
 
 
 class Neumann(FixedPoint):
@@ -108,9 +126,8 @@ class ConjugateGradient(FixedPoint):
         """Raise for a gradient transform T: `∂T/∂g ∂²L/∂θ²` is not symmetric, as conjugate gradients need it."""
         if stage.transform is not None:
             raise StageError(
-                f"stage {name!r}: ConjugateGradient solves with the raw loss's Hessian, and never runs the transform "
-                f"({stage.transform!r}); leave the transform out, or use Neumann(terms={self.iterations}), which "
-                "differentiates the whole update"
+                f"stage {name!r}: ConjugateGradient never runs the transform ({stage.transform!r}); leave it out, or "
+                f"use Neumann(terms={self.iterations}), which differentiates the whole update"
             )
 
     def solve(self, sweep: FixedPointSweep, cotangents: Tensors, others: dict[Key, Tensor]) -> None:
@@ -118,13 +135,13 @@ class ConjugateGradient(FixedPoint):
         record = replace(sweep.last_step, params=sweep.trained, gradient=None, loss=None)
         gradient, pullback = sweep.linearize(sweep.first, record, Wanted(repeatedly=True))
         used = [name for name, g in zip(record.params, gradient, strict=True) if g is not None]
-        cotangents = {name: cotangents.get(name, torch.zeros_like(record.params[name])) for name in used}
+        zeros = {name: torch.zeros_like(record.params[name]) for name in used}
 
         def curved(v: Tensors) -> Tensors:
             product = pullback(v, None)
-            return {n: product.get(n, torch.zeros_like(x)) + self.damping * x for n, x in v.items()}
+            return {n: product.get(n, zeros[n]) + self.damping * x for n, x in v.items()}
 
-        solution = self._solved(curved, cotangents, sweep.loop.name)
+        solution = self._solved(curved, {name: cotangents.get(name, zeros[name]) for name in used}, sweep.loop.name)
         pullback({name: -q for name, q in solution.items()}, others)
 
     def _solved(self, curved: Callable[[Tensors], Tensors], right: Tensors, stage: str) -> Tensors:
@@ -155,28 +172,3 @@ class ConjugateGradient(FixedPoint):
 
 def _dot(a: Tensors, b: Tensors) -> Tensor:
     return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
-
-
-class FixedPointSweep(Sweep):
-    """A sweep over the last step alone, which its estimator solves for a fixed point."""
-
-    trained: Tensors
-
-    def __init__(
-        self, estimator: FixedPoint, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> None:
-        super().__init__(loop, meta_params, upstream, estimator.product, first=loop.num_steps - 1)
-        self._estimator = estimator
-
-    def forward(self, start: Sequence[Tensor]) -> InnerResult:
-        """Run every step; keep the last one, and the weights after it."""
-        result = super().forward(start)
-        # detached: the stage's node, which these tensors get, refers to this sweep
-        self.trained = {name: result.model.params[name].detach() for name in self.loop.rule.names}
-        return result
-
-    def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
-        """Return no cotangent of the initial weights: a fixed point has forgotten them."""
-        self.last_step = self.rebuild(self.first, free)
-        self._estimator.solve(self, cotangents, others)
-        return {}

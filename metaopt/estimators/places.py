@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import tempfile
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,129 +20,109 @@ from metaopt.base.errors import StageError
 
 PlaceName = Literal["device", "host", "disk"]
 PLACES: tuple[PlaceName, ...] = ("device", "host", "disk")
+Fetch = Callable[[], list[Tensor]]  # gives tensors back on their device, as often as it is called
+Place = Callable[[Sequence[Tensor]], Fetch]
+_TENSOR = object()
 
 
-class Place(ABC):
-    """Takes tensors, and gives them back on the device that they came from."""
-
-    @abstractmethod
-    def put(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Take the tensors; the returned function gives them back, as often as it is called."""
-
-
-class Device(Place):
-    """The tensors stay where they are."""
-
-    def put(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Hold on to the tensors."""
-        kept = list(tensors)
-        return lambda: kept
+def make_place(name: PlaceName, device: torch.device, folder: str | Path | None = None) -> Place:
+    """Return the place of that name, for tensors of a device; on a CPU, `host` is where they are."""
+    if name == "disk":
+        return Disk(folder).put
+    return Host(device).put if name == "host" and device.type == "cuda" else on_device
 
 
-class Host(Place):
-    """Pinned host memory; copies run on a stream of their own, beside the computation. On a CPU: where they are."""
+def on_device(tensors: Sequence[Tensor]) -> Fetch:
+    """Leave the tensors where they are."""
+    kept = list(tensors)
+    return lambda: kept
+
+
+class Host:
+    """Pinned host memory; copies run on a stream of their own, beside the computation."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def put(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    def put(self, tensors: Sequence[Tensor]) -> Fetch:
         """Copy to pinned memory while the device goes on."""
-        if self._stream is None:
-            return Device().put(tensors)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            kept = [self._pinned(t) for t in tensors]
+            kept = [self._pinned(t) if t.is_cuda else t for t in tensors]
         return lambda: self._fetch(kept)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if tensor.is_cuda else tensor
-        if copy is not tensor:
-            copy.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self._stream)  # pyright: ignore[reportArgumentType]
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)
         return copy
 
     def _fetch(self, kept: Sequence[Tensor]) -> list[Tensor]:
         present = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             back = [t.to(self._device, non_blocking=True) if t.is_pinned() else t for t in kept]
-        present.wait_stream(self._stream)  # pyright: ignore[reportArgumentType]
+        present.wait_stream(self._stream)
         for tensor in back:
             if tensor.is_cuda:
                 tensor.record_stream(present)
         return back
 
 
-class Disk(Place):
-    """A file per record in a temporary folder, which goes when the last record does.
+class Disk:
+    """A file per record in a temporary folder in `parent`, which goes when the last record does."""
 
-    Args:
-        folder: where to make the temporary folder; the system's own if None.
-    """
+    def __init__(self, parent: str | Path | None = None) -> None:
+        self._parent, self._names = parent, itertools.count()
+        self._folder: Path | None = None
 
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self._parent = folder
-        self._present: Callable[[], _Folder | None] = lambda: None
+    def put(self, tensors: Sequence[Tensor]) -> Fetch:
+        """Write the tensors to a file, which is deleted with the function that reads it."""
+        path = self._present_folder() / f"{next(self._names)}.safetensors"
+        devices = [tensor.device for tensor in tensors]
 
-    def put(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Write the tensors to a file."""
-        folder = self._present() or _Folder(self._parent)
-        self._present = weakref.ref(folder)  # the files keep it
-        return _File(folder, tensors).read
+        def read() -> list[Tensor]:
+            found = load_file(path)
+            return [found[str(i)].to(device) for i, device in enumerate(devices)]
 
-
-class _Folder:
-    """A temporary folder, deleted when nothing refers to it any more."""
-
-    def __init__(self, parent: str | Path | None) -> None:
+        weakref.finalize(read, _remove, path)
         try:
-            self.path = Path(tempfile.mkdtemp(prefix="metaopt-", dir=parent))
-        except OSError as error:
-            raise StageError(
-                f"place='disk': no folder can be made in {str(parent)!r} ({error}); name another: "
-                "Checkpointed(place='disk', folder=...)"
-            ) from error
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        self.names = itertools.count()
-
-
-class _File:
-    """One written record; the file is deleted with it."""
-
-    def __init__(self, folder: _Folder, tensors: Sequence[Tensor]) -> None:
-        self._folder = folder  # keeps it
-        self._path = folder.path / f"{next(folder.names)}.safetensors"
-        self._devices = [tensor.device for tensor in tensors]
-        try:
-            save_file({str(i): t.detach().cpu().contiguous() for i, t in enumerate(tensors)}, self._path)
+            save_file({str(i): t.detach().cpu().contiguous() for i, t in enumerate(tensors)}, path)
         except (OSError, SafetensorError) as error:
-            raise StageError(
-                f"place='disk': {folder.path} cannot be written ({error}); name another folder: "
-                "Checkpointed(place='disk', folder=...)"
-            ) from error
-        weakref.finalize(self, self._path.unlink, missing_ok=True)
+            raise _unwritable(f"{path.parent} cannot be written ({error})") from error
+        return read
 
-    def read(self) -> list[Tensor]:
-        found = load_file(self._path)
-        return [found[str(i)].to(device) for i, device in enumerate(self._devices)]
+    def _present_folder(self) -> Path:
+        if self._folder is None or not self._folder.exists():
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix="metaopt-", dir=self._parent))
+            except OSError as error:
+                raise _unwritable(f"no folder can be made in {str(self._parent)!r} ({error})") from error
+        return self._folder
 
 
-def make_place(name: PlaceName, device: torch.device, folder: str | Path | None = None) -> Place:
-    """Return the place of that name, for tensors of a device."""
-    return Device() if name == "device" else Host(device) if name == "host" else Disk(folder)
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # there are other files yet
+        path.parent.rmdir()
+
+
+def _unwritable(what: str) -> StageError:
+    return StageError(f"place='disk': {what}; name another folder: Checkpointed(place='disk', folder=...)")
+
+
+def split_tensors(tree: Any) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Any]]:
+    """Return the tensors of a nested structure, and what builds the structure again around others."""
+    leaves, spec = pytree.tree_flatten(tree)
+    rest = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+
+    def around(tensors: Iterable[Tensor]) -> Any:
+        given = iter(tensors)
+        return pytree.tree_unflatten([next(given) if x is _TENSOR else x for x in rest], spec)
+
+    return [x for x in leaves if isinstance(x, Tensor)], around
 
 
 def put_tree(place: Place, tree: Any) -> Callable[[], Any]:
     """Give the tensors of a nested structure to a place; the returned function rebuilds the structure."""
-    leaves, spec = pytree.tree_flatten(tree)
-    where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-    fetch = place.put([leaves[i] for i in where])
-    rest = [None if isinstance(x, Tensor) else x for x in leaves]
-
-    def back() -> Any:
-        found = list(rest)
-        for i, tensor in zip(where, fetch(), strict=True):
-            found[i] = tensor
-        return pytree.tree_unflatten(found, spec)
-
-    return back
+    tensors, around = split_tensors(tree)
+    fetch = place(tensors)
+    return lambda: around(fetch())

@@ -1,37 +1,37 @@
-"""Which store an inner loop gets, and where; `auto` chooses from a budget of bytes."""
+"""What is kept of an inner loop so that its steps can be rebuilt in reverse, and where; `auto` chooses by a budget."""
 
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.base.errors import ConfigError, did_you_mean
-from metaopt.core.contracts import Upstream
+from metaopt.core.contracts import Tensors
 from metaopt.core.inner_loop import InnerLoop
-from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.plain import PlainSteps
-from metaopt.estimators.places import PLACES, Place, PlaceName, make_place
-from metaopt.estimators.stores import KEPT, Kept, spacing
+from metaopt.estimators.places import PLACES, Place, PlaceName, make_place, put_tree
+from metaopt.optimizers.flattened import State
 
 log = logging.getLogger("metaopt")
+Kept = Literal["states", "gradients", "recompute"]
+KEPT: tuple[Kept, ...] = ("states", "gradients", "recompute")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+Gradients = dict[str, Tensor | None]
+# weights, optimizer state, buffers → steps from there
+StepsFrom = Callable[[Mapping[str, Tensor], State, Tensors], PlainSteps]
 
 
 @dataclass
 class Storage:
-    """What an estimator was asked to keep of the steps, and where.
-
-    Args:
-        store: `states`, `gradients`, `recompute`, or `auto`.
-        place: `device`, `host` or `disk`; `auto` chooses it too.
-        budget: of `auto`: bytes that the stored steps of a stage may take on the device.
-        folder: of `disk`.
+    """What an estimator was asked to keep of the steps, and where: see `Checkpointed`.
 
     Raises:
         ConfigError: an unknown name, or options that do not go together.
@@ -44,38 +44,41 @@ class Storage:
     chosen: dict[str, tuple[Kept, PlaceName]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if self.store != "auto" and self.store not in KEPT:
+        auto = self.store == "auto"
+        if not auto and self.store not in KEPT:
             raise ConfigError(f"store={self.store!r}{did_you_mean(str(self.store), (*KEPT, 'auto'))}")
         if self.place not in PLACES:
             raise ConfigError(f"place={self.place!r}{did_you_mean(self.place, PLACES)}")
-        if (self.store == "auto") != (self.budget is not None):
+        if auto != (self.budget is not None):
             raise ConfigError(
                 f"store={self.store!r}, budget={self.budget!r}: auto needs a budget and no other store reads one; "
                 "write Checkpointed(store='auto', budget='2 GB')"
             )
-        if self.store == "auto" and self.place != "device":
+        if auto and self.place != "device":
             raise ConfigError(f"store='auto' chooses the place too; leave out place={self.place!r}")
-        self._bytes = None if self.budget is None else parse_bytes(self.budget)
+        self._bytes = parse_bytes(self.budget) if self.budget is not None else None
 
     def __str__(self) -> str:
         beside = f", budget={self.budget!r}" if self.budget is not None else ""
         return f"store={self.store!r}, place={self.place!r}{beside}"
 
-    def resolve(
-        self, loop: InnerLoop, num_steps: int, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> tuple[Kept, Place]:
-        """Return what to keep of the `num_steps` steps of this loop, and where."""
+    def tape(self, loop: InnerLoop, steps_from: StepsFrom, first: int, with_gradients: bool) -> Tape:
+        """Return an empty tape for the steps of a loop from `first` on."""
         kept, place = self.store, self.place
         if self._bytes is not None:
-            kept, place = self._choose(loop, num_steps, meta_params, upstream, self._bytes)
-        return kept, make_place(place, loop.device, self.folder)  # type: ignore[return-value]
+            kept, place = self._choose(loop, loop.num_steps - first, steps_from, self._bytes)
+        return Tape(
+            kept, make_place(place, loop.device, self.folder), loop.num_steps, steps_from, first, with_gradients
+        )
 
-    def _choose(
-        self, loop: InnerLoop, num_steps: int, meta_params: AnyMetaParameters, upstream: Upstream, budget: int
-    ) -> tuple[Kept, PlaceName]:
+    def _choose(self, loop: InnerLoop, num_steps: int, steps_from: StepsFrom, budget: int) -> tuple[Kept, PlaceName]:
         key = f"{loop.name} ({num_steps} steps)"
         if key not in self.chosen:
-            weights, state = _probe(loop, meta_params, upstream)
+            params = {name: loop.structure.params[name] for name in loop.rule.names}
+            steps = steps_from(params, loop.rule.initial_state(), loop.start_buffers())
+            steps.update(0, steps.gradient(0)[1])  # most optimizers have no state before
+            weights = num_bytes(steps.weights())
+            state = weights + num_bytes(steps.state()) + num_bytes(steps.buffers)
             options = list(_options(num_steps, weights, state, loop.device.type))
             fits = [option for option in options if option[2] <= budget]
             if not fits:
@@ -107,16 +110,6 @@ def _options(num_steps: int, weights: int, state: int, device: str) -> Iterator[
     yield "recompute", "disk", segment * state
 
 
-def _probe(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> tuple[int, int]:
-    """Return the bytes of the trained weights, and of weights, optimizer state and buffers, after one step."""
-    params = {name: loop.structure.params[name] for name in loop.rule.names}
-    plain = {name: model.detach() for name, model in upstream.items()}
-    steps = PlainSteps(loop, params, loop.rule.initial_state(), loop.start_buffers(), meta_params, plain)
-    steps.update(0, steps.gradient(0)[1])
-    weights = num_bytes(steps.weights())
-    return weights, weights + num_bytes(steps.state()) + num_bytes(steps.buffers)
-
-
 def num_bytes(tree: object) -> int:
     """Return the bytes of the tensors in a nested structure."""
     return sum(x.nbytes for x in pytree.tree_leaves(tree) if isinstance(x, Tensor))
@@ -124,11 +117,87 @@ def num_bytes(tree: object) -> int:
 
 def parse_bytes(budget: int | str) -> int:
     """Return bytes from a number, or from a text such as `"2 GB"` or `"500 MiB"`."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kKmMgG]?i?[bB])?\s*", str(budget))
-    try:
-        size = float(found[1]) * UNITS[(found[2] or "B").upper()] if found else 0.0
-    except ValueError:
-        size = 0.0
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmg]?i?b)?\s*", str(budget), re.IGNORECASE)
+    size = float(found[1]) * UNITS.get((found[2] or "B").upper(), 0) if found else 0.0
     if size < 1:
         raise ConfigError(f"budget={budget!r} is no number of bytes; write 500000000, '500 MB' or '2 GiB'")
     return int(size)
+
+
+def spacing(num_steps: int) -> int:
+    """Return how many steps lie between two kept states: √2T, which is best where two stages keep states at once."""
+    return math.isqrt(2 * num_steps - 1) + 1 if num_steps > 1 else 1
+
+
+@dataclass
+class StepRecord:
+    """An inner step as it was: weights, optimizer state and buffers before it, its raw gradient and loss if known."""
+
+    params: Tensors
+    state: State
+    buffers: Tensors
+    gradient: Gradients | None = None
+    loss: Tensor | None = None
+
+
+class Tape:
+    """The stored steps of one inner loop; `rebuild(t)` gives a step back, from the last to the first.
+
+    `states` keeps every step's weights and optimizer state. `gradients` keeps every step's gradient and a state every
+    √2T steps, from which the states between are rebuilt by elementwise updates. `recompute` keeps a state every √2T
+    steps only, and computes the gradients between anew.
+
+    Args:
+        kept, place: which of the three, and where it lies.
+        num_steps, steps_from: of the loop; how to go on from a kept state.
+        first: the first step that will be rebuilt; nothing is kept of those before.
+        with_gradients: give back the gradients too that had to be computed to rebuild the states.
+    """
+
+    def __init__(
+        self, kept: Kept | str, place: Place, num_steps: int, steps_from: StepsFrom, first: int, with_gradients: bool
+    ) -> None:
+        self._place, self._steps_from, self._first = place, steps_from, first
+        self._keeps_gradients = kept == "gradients"
+        self._gives_gradients = with_gradients or self._keeps_gradients
+        self._every = 1 if kept == "states" else spacing(num_steps - first)
+        self._records: dict[int, Callable[[], Any]] = {}
+        self._gradients: dict[int, Callable[[], Any]] = {}
+        self._buffers: dict[int, Tensors] = {}  # small, and shared between steps that do not move them
+        self._segment: dict[int, StepRecord] = {}
+
+    def record(self, t: int, steps: PlainSteps) -> None:
+        """Keep what is needed of the state before step t."""
+        if t >= self._first and (t - self._first) % self._every == 0:
+            self._records[t] = put_tree(self._place, (steps.weights(), steps.state(), steps.buffers))
+
+    def record_gradient(self, t: int, gradient: Gradients, buffers: Tensors) -> None:
+        """Keep the raw gradient of step t and the buffers before it, if this store keeps gradients."""
+        if t >= self._first and self._keeps_gradients:
+            self._gradients[t], self._buffers[t] = put_tree(self._place, gradient), buffers
+
+    def rebuild(self, t: int, free: bool) -> StepRecord:
+        """Return step t as it was; those after it have been asked for before, and are forgotten with it if `free`."""
+        if t not in self._segment:
+            self._segment = self._run_segment(t)
+        if free:
+            for kept in (self._records, self._gradients, self._buffers):
+                for s in [s for s in kept if s >= t]:
+                    del kept[s]
+        return self._segment.pop(t)
+
+    def _run_segment(self, t: int) -> dict[int, StepRecord]:
+        start = self._first + (t - self._first) // self._every * self._every
+        record = StepRecord(*self._records[start]())
+        segment = {start: record}
+        steps = self._steps_from(record.params, record.state, record.buffers)
+        for s in range(start, t):
+            gradient = self._gradients[s]() if s in self._gradients else steps.gradient(s)[1]
+            steps.update(s, gradient)
+            after = self._buffers.get(s + 1, steps.buffers)
+            segment[s + 1] = StepRecord(steps.weights(), steps.state(), after)
+            if self._gives_gradients:
+                segment[s].gradient = gradient
+        if t in self._gradients:
+            segment[t].gradient = self._gradients[t]()
+        return segment

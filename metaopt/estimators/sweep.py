@@ -7,7 +7,7 @@ raw gradient as a leaf); pull what reaches the gradient back through it (the sec
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,20 +16,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.base.errors import StageError
-from metaopt.core.contracts import Upstream
+from metaopt.core.contracts import Tensors, Upstream
 from metaopt.core.graphs import graph_leaves
 from metaopt.core.guards import refuse_second_derivative
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors, rebound
 from metaopt.core.plain import PlainSteps
 from metaopt.core.view import Models
-from metaopt.estimators.places import Device, Place
 from metaopt.estimators.products.base import Product, Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
-from metaopt.estimators.stores import Kept, StepRecord, Tape
+from metaopt.estimators.storage import StepRecord, Storage
 from metaopt.estimators.update_vjp import Below, add, update_vjp
-
-Tensors = dict[str, Tensor]
+from metaopt.optimizers.flattened import State
 
 
 class Sweep:
@@ -39,7 +37,7 @@ class Sweep:
         loop: the steps.
         meta_params, upstream: what the trained weights depend on, beside the initial weights.
         product: how second-order products are computed.
-        kept, place: what is stored of the steps, and where.
+        storage: what is kept of the steps, and where; every state, on the device, if None.
         first: the first step that is differentiated; those before count as constants (truncation).
         first_order: drop `∂²L/∂θ²`, so that a step's weights depend on the last ones by the update alone.
     """
@@ -50,48 +48,45 @@ class Sweep:
         meta_params: AnyMetaParameters,
         upstream: Upstream,
         product: Product,
-        kept: Kept = "states",
-        place: Place | None = None,
+        storage: Storage | None = None,
         first: int = 0,
         first_order: bool = False,
     ) -> None:
-        self.loop, self.meta_params, self.product = loop, meta_params, product
+        self.loop, self.meta_params, self.upstream, self.product = loop, meta_params, upstream, product
         self.first, self.first_order = first, first_order
-        meta: dict[Key, Tensor] = {(None, name): t for name, t in named_tensors(meta_params).items()}
-        above: dict[Key, Tensor] = {
-            (stage, name): p for stage, model in upstream.items() for name, p in model.params.items() if p.requires_grad
-        }
-        self.others = {**meta, **above}
-        self._graph_upstream = upstream
-        self._plain = Models({name: model.detach() for name, model in upstream.items()})
-        self._settings: Hashable = settings_of(loop, meta_params, self._plain)
+        plain = Models({name: model.detach() for name, model in upstream.items()})
+
+        def steps_from(
+            params: Mapping[str, Tensor], state: State, buffers: Tensors
+        ) -> PlainSteps:  # refers to no sweep: no cycle
+            return PlainSteps(loop, params, state, buffers, meta_params, plain)
+
+        self._plain, self._steps_from = plain, steps_from
+        self.others: dict[Key, Tensor] = {(None, name): t for name, t in named_tensors(meta_params).items()}
+        for stage, model in upstream.items():
+            self.others |= {(stage, name): p for name, p in model.params.items() if p.requires_grad}
+        self._settings = settings_of(loop, meta_params, plain)
         self._versions = versions(loop.batches)
-        keeps = product.uses_known_gradient
-        self.tape = Tape(kept, place or Device(), loop, meta_params, self._plain, first, keeps)
+        self.tape = (storage or Storage("states")).tape(loop, steps_from, first, product.uses_known_gradient)
 
     def run(self) -> InnerResult:
         """Run the inner loop; the result's weights are in the graph of everything in `others` and of learned starts."""
-        loop = self.loop
-        own = {name: p.detach().clone() for name, p in loop.structure.params.items()}
-        start = loop.start({name: own[name] for name in loop.rule.names}, self.meta_params, self._graph_upstream)
-        names = list(start)
+        own = {name: self.loop.structure.params[name].detach().clone() for name in self.loop.rule.names}
+        start = self.loop.start(own, self.meta_params, self.upstream)
         result: list[InnerResult] = []
-        outputs = _Stage.apply(self, result, len(names), *start.values(), *self.others.values())
+        outputs = _Stage.apply(self, result, len(start), *start.values(), *self.others.values())
         done = result[0]
-        params = {**done.model.params, **dict(zip(names, outputs, strict=True))}
-        done.model = done.model._with(params)
+        done.model = done.model._with({**done.model.params, **dict(zip(start, outputs, strict=True))})
         return done
 
     # --- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, start: Sequence[Tensor]) -> InnerResult:
         """Run every step with torch's own optimizer, and keep what the backward needs."""
-        loop = self.loop
+        loop, losses = self.loop, []
         initial = dict(zip(loop.rule.names, start, strict=True))
-        losses = []
         with rebound(self.meta_params, self._plain_meta):
-            args = (loop.rule.initial_state(), loop.start_buffers(), self.meta_params, self._plain)
-            steps = PlainSteps(loop, initial, *args)
+            steps = self._steps_from(initial, loop.rule.initial_state(), loop.start_buffers())
             for t in range(loop.num_steps):
                 self.tape.record(t, steps)
                 buffers = steps.buffers
@@ -102,7 +97,7 @@ class Sweep:
                 steps.update(t, gradient)
                 losses.append(loss)
                 loop.watch(losses)
-        self._require_same_batches()
+        self.require_same_batches()
         self._losses = dict(enumerate(losses)) if self.product.replays else {}
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
 
@@ -112,30 +107,31 @@ class Sweep:
 
     def _refuse_closures(self, loss: Tensor, params: Tensors) -> None:
         """Raise if the loss reads tensors that require grad and are neither handed in nor learned here."""
-        self.loop.check_graph(loss)
+        loop = self.loop
+        loop.check_graph(loss)
         known = {id(p) for p in params.values()}
         unknown = [leaf for leaf in graph_leaves(loss) if id(leaf) not in known]
         if any(leaf is t for leaf in unknown for t in self.others.values()):
             raise StageError(
-                f"the loss of stage {self.loop.name!r} reads a meta-parameter from around it, whose gradient would be "
-                "lost here: read it from the `meta_params` that the loss is handed, or use Unrolled()"
+                f"the loss of stage {loop.name!r} reads a meta-parameter from around it, whose gradient would be lost "
+                "here: read it from the `meta_params` that the loss is handed, or use Unrolled()"
             )
         if unknown:  # what the loss makes anew at each call is its own affair (a gradient penalty's inputs)
-            again, _ = self.loop.loss_at(
-                0, {**self.loop.frozen, **params}, self.loop.start_buffers(), self.meta_params, self._plain
-            )
+            weights = {**loop.frozen, **params}
+            again, _ = loop.loss_at(0, weights, loop.start_buffers(), self.meta_params, self._plain)
             kept = {id(leaf) for leaf in graph_leaves(again)}
             unknown = [leaf for leaf in unknown if id(leaf) in kept]
         if unknown:
             shapes = ", ".join(str(list(leaf.shape)) for leaf in unknown[:3])
             raise StageError(
-                f"the loss of stage {self.loop.name!r} closes over {len(unknown)} tensor(s) that require grad (shapes "
+                f"the loss of stage {loop.name!r} closes over {len(unknown)} tensor(s) that require grad (shapes "
                 f"{shapes}): their gradient would be lost here. Freeze what is not learned "
                 "(module.requires_grad_(False)), copy what is a batch's (x.clone().requires_grad_()), give the rest "
                 "as meta-parameters, or use Unrolled()"
             )
 
-    def _require_same_batches(self) -> None:
+    def require_same_batches(self) -> None:
+        """Raise if a batch has been written to since the steps began."""
         if versions(self.loop.batches) != self._versions:
             raise StageError(
                 f"stage {self.loop.name!r}: a batch was changed in place, by the loss or before the backward, and the "
@@ -144,21 +140,14 @@ class Sweep:
 
     # --- backward -----------------------------------------------------------------------------------------------
 
-    def backward(self, cotangents: Mapping[str, Tensor], free: bool) -> tuple[Tensors, dict[Key, Tensor]]:
-        """Return the cotangents of the initial weights and of `others`.
+    def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
+        """Go through the steps in reverse; return the cotangents of the initial weights.
 
         Args:
             cotangents: of the trained weights.
             free: let go of each step once it is swept; there will be no second backward.
+            others: cotangents of `self.others`, added to in place.
         """
-        self._require_same_batches()
-        if not cotangents:  # autograd comes here also along a path that is cut above
-            return {}, {}
-        others: dict[Key, Tensor] = {}
-        return self.sweep_back(dict(cotangents), free, others), others
-
-    def sweep_back(self, cotangents: Tensors, free: bool, others: dict[Key, Tensor]) -> Tensors:
-        """Go through the steps in reverse; return the cotangents of the initial weights."""
         below = Below(cotangents)
         for t in reversed(range(self.first, self.loop.num_steps)):
             below = self.step_back(t, self.rebuild(t, free), below, others)
@@ -171,10 +160,9 @@ class Sweep:
 
     def step_back(self, t: int, record: StepRecord, above: Below, others: dict[Key, Tensor]) -> Below:
         """Pull cotangents back through step t; those of `others` are added in place."""
-        names = list(record.params)
         wanted = Wanted(gradient=record.gradient is None, params=not self.first_order)
         gradient, pullback = self.linearize(t, record, wanted)
-        raw = record.gradient or dict(zip(names, gradient, strict=True))
+        raw = record.gradient or dict(zip(record.params, gradient, strict=True))
         below, of_gradient = self.update_back(t, record, raw, above, others)
         for name, cotangent in pullback(of_gradient, others).items():
             add(below.params, name, cotangent)
@@ -212,10 +200,9 @@ def versions(tree: Any) -> list[int]:
 
 
 def _will_run_again() -> bool:
-    """Return whether the running backward keeps the graph (`retain_graph=True`)."""
-    autograd = getattr(torch._C, "_autograd", None)
-    ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)  # torch's own, without a public name
-    return True if ask is None else bool(ask())
+    """Return whether the running backward keeps the graph (`retain_graph=True`); torch says so under no public name."""
+    ask = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 class _Stage(torch.autograd.Function):
@@ -224,7 +211,7 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sweep: Sweep, result: list[InnerResult], num_params: int, *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.sweep, ctx.num_params = sweep, num_params
+        ctx.sweep = sweep
         ctx.save_for_backward(*tensors)  # notices a second backward, and an in-place change of A before the first
         result.append(sweep.forward(tensors[:num_params]))
         return tuple(result[0].model.params[name] for name in sweep.loop.rule.names)
@@ -234,7 +221,10 @@ class _Stage(torch.autograd.Function):
         sweep: Sweep = ctx.sweep
         refuse_second_derivative(f"stage {sweep.loop.name!r}", "give the stage estimator=metaopt.Unrolled()")
         _ = ctx.saved_tensors
+        sweep.require_same_batches()
         names = sweep.loop.rule.names
         present = {n: c for n, c in zip(names, cotangents, strict=True) if c is not None}
-        params, others = sweep.backward(present, free=not _will_run_again())
+        others: dict[Key, Tensor] = {}
+        # autograd comes here also along a path that is cut above, with nothing
+        params = sweep.sweep_back(present, not _will_run_again(), others) if present else {}
         return None, None, None, *(params.get(name) for name in names), *(others.get(key) for key in sweep.others)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,9 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.base.ranges import matching
 from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform, select
 
-FORMS = ("log", "softplus", "sigmoid", "identity")
+# Name → raw number ↦ value, its inverse, and the bounds of what it reaches
+_FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[float, float]]] = {
+    "log": (torch.exp, torch.log, (0.0, math.inf)),
+    "softplus": (nn.functional.softplus, lambda v: v + (-(-v).expm1()).log(), (0.0, math.inf)),
+    "sigmoid": (torch.sigmoid, torch.logit, (0.0, 1.0)),
+    "identity": (lambda raw: raw, lambda v: v, (-math.inf, math.inf)),
+}
 _UNIT = ("momentum", "betas", "dampening", "rho", "alpha")  # between 0 and 1; the others are positive
 
 
@@ -52,12 +58,10 @@ class LearnedHyperparameters(MetaParameters):
         return {key: self._value(key) for key in self._forms}
 
     def _value(self, key: str) -> Any:
-        value, names = _MAPS[self._forms[key]](getattr(self, key)), self._names[key]
+        value, names = _FORMS[self._forms[key]][0](getattr(self, key)), self._names[key]
+        parts: Any = list(value.unbind()) if value.dim() else value
         if key == "betas":
-            pairs = [tuple(pair.unbind()) for pair in value.reshape(-1, 2).unbind()]
-            parts: Any = pairs[0] if value.dim() == 1 else pairs
-        else:
-            parts = value if value.dim() == 0 else list(value.unbind())
+            parts = tuple(parts) if value.dim() == 1 else [tuple(pair.unbind()) for pair in parts]
         return parts if names is None else dict(zip(names, parts, strict=True))
 
     def numbers(self) -> dict[str, Any]:
@@ -87,12 +91,8 @@ class InitialWeights(MetaParameters):
         super().__init__()
         model = model if isinstance(model, nn.Module) else model()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for pattern in names:
-            if not fnmatch.filter(trained, pattern):
-                raise ConfigError(
-                    f"InitialWeights: no trained parameter is called {pattern!r}{did_you_mean(pattern, trained)}"
-                )
-        self._learned = [n for n in trained if any(fnmatch.fnmatchcase(n, pattern) for pattern in names)]
+        wanted = matching("InitialWeights", names, list(trained), "trained parameter")
+        self._learned = [name for name in trained if name in wanted]
         for name in self._learned:
             *path, last = name.split(".")
             owner: nn.Module = self
@@ -144,17 +144,14 @@ class FromMeta:
             found.check(stage)
 
     def _read(self, meta_params: AnyMetaParameters) -> LearnedHyperparameters | InitialWeights | None:
-        if self.name is None and isinstance(meta_params, Mapping):
+        if isinstance(meta_params, Mapping) and self.name is None and len(meta_params) > 1:
             fitting = [n for n, m in meta_params.items() if isinstance(m, (LearnedHyperparameters, InitialWeights))]
-            if len(meta_params) > 1 and fitting:
-                raise ConfigError(
-                    f"FromMeta must say which meta-parameters it reads: FromMeta({fitting[0]!r}), one of {fitting}"
-                )
-        if self.name is not None and isinstance(meta_params, Mapping) and self.name not in meta_params:
             raise ConfigError(
-                f"FromMeta({self.name!r}): there are no meta-parameters of that name"
-                f"{did_you_mean(self.name, meta_params)}"
+                f"FromMeta must say which meta-parameters it reads: FromMeta({(fitting or list(meta_params))[0]!r})"
             )
+        if isinstance(meta_params, Mapping) and self.name is not None and self.name not in meta_params:
+            hint = did_you_mean(self.name, meta_params)
+            raise ConfigError(f"FromMeta({self.name!r}): there are no meta-parameters of that name{hint}")
         found = select(meta_params, self.name, "FromMeta")
         if isinstance(found, Uniform):
             return None
@@ -166,28 +163,24 @@ class FromMeta:
         return found
 
 
-_MAPS = {"log": torch.exp, "softplus": nn.functional.softplus, "sigmoid": torch.sigmoid, "identity": lambda raw: raw}
-
-
 def _raw(key: str, numbers: Any, form: str) -> Tensor:
     """Return the free numbers whose map gives the initial values."""
-    if form not in FORMS:
-        raise ConfigError(f"LearnedHyperparameters: no parametrisation {form!r}{did_you_mean(form, FORMS)}")
+    if form not in _FORMS:
+        raise ConfigError(f"LearnedHyperparameters: no parametrisation {form!r}{did_you_mean(form, _FORMS)}")
     try:
         values = torch.tensor(numbers, dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"LearnedHyperparameters: {key}={numbers!r}: {error}") from error
     if key == "betas" and (values.dim() not in (1, 2) or values.shape[-1] != 2):
         raise ConfigError(f"LearnedHyperparameters: betas={numbers!r}: a pair is needed, or a list of pairs per group")
-    below = 1.0 if form == "sigmoid" else math.inf
-    if form != "identity" and not bool(((values > 0) & (values < below)).all()):
-        wanted = "between 0 and 1" if form == "sigmoid" else "above 0"
+    _, inverse, (low, high) = _FORMS[form]
+    if not bool(((values > low) & (values < high)).all()):
+        wanted = f"between {low:g} and {high:g}" if high < math.inf else f"above {low:g}"
         raise ConfigError(
             f"LearnedHyperparameters: {key}={numbers!r} must be {wanted}, which its map ({form}) can reach; start "
             f"inside, or write parametrisations={{{key!r}: 'identity'}}"
         )
-    inverse = {"log": torch.log, "softplus": lambda v: v + (-(-v).expm1()).log(), "sigmoid": torch.logit}
-    return inverse.get(form, lambda v: v)(values).to(torch.get_default_dtype())
+    return inverse(values).to(torch.get_default_dtype())
 
 
 def _as_numbers(value: Any) -> Any:

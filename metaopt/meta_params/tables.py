@@ -21,18 +21,14 @@ class _TableOfWeights(MetaParameters):
 
     def __init__(self, size: int, parametrisation: str, sparse: bool = False) -> None:
         super().__init__()
+        where = type(self).__name__
         if size < 1:
-            raise ConfigError(f"{type(self).__name__}: {size} weights; at least 1 is needed")
+            raise ConfigError(f"{where}: {size} weights; at least 1 is needed")
         if parametrisation not in PARAMETRISATIONS:
-            raise ConfigError(
-                f"{type(self).__name__}: no parametrisation {parametrisation!r}"
-                f"{did_you_mean(parametrisation, PARAMETRISATIONS)}"
-            )
+            hint = did_you_mean(parametrisation, PARAMETRISATIONS)
+            raise ConfigError(f"{where}: no parametrisation {parametrisation!r}{hint}")
         if sparse and parametrisation != "sigmoid":
-            raise ConfigError(
-                f"{type(self).__name__}: sparse=True needs parametrisation='sigmoid': a softmax moves every weight "
-                "when one logit does"
-            )
+            raise ConfigError(f"{where}: sparse=True needs parametrisation='sigmoid': a softmax moves every weight")
         self.parametrisation, self.sparse = parametrisation, sparse
         self.logits = nn.Parameter(torch.zeros(size))
 
@@ -109,12 +105,7 @@ class ClassWeights(_TableOfWeights):
 
 
 class TokenWeights(ClassWeights):
-    """One weight per token of the vocabulary, chosen by the target token at each position.
-
-    Args:
-        vocab_size: n.
-        parametrisation: as in `ClassWeights`.
-    """
+    """One weight per token of the vocabulary, chosen by the target token at each position; else as `ClassWeights`."""
 
     def __init__(self, vocab_size: int, parametrisation: str = "softmax") -> None:
         super().__init__(vocab_size, parametrisation)

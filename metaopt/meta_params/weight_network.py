@@ -47,12 +47,7 @@ class WeightNetwork(MetaParameters):
         return cast(nn.Linear, self.layers[0])
 
     def forward(self, batch: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """Return the weight of each example [B].
-
-        Args:
-            batch: with the features.
-            losses: of each example [B], in the graph.
-        """
+        """Return the weight of each example [B], from its features and its loss [B], in the graph."""
         like = self._first.weight
         columns = [losses.to(like.dtype)[:, None]]
         if self.features is not None:

@@ -1,65 +1,19 @@
-"""What a second-order product is."""
+"""What a second-order product is, and the exact one, by differentiating the gradient's own graph."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from metaopt.core.guards import refuse_single_derivative
+from metaopt.estimators.step_loss import StepLoss
+
 Cotangents = list[Tensor | None]
 Pullback = Callable[[Sequence[Tensor | None]], tuple[Cotangents, Cotangents]]
-
-
-class Loss(Protocol):
-    """The inner loss of one step, as a function of all tensors that enter it; deterministic."""
-
-    @property
-    def context(self) -> list[Tensor]:
-        """What is read and not differentiated: batch, buffers, frozen weights."""
-        ...
-
-    @property
-    def signature(self) -> Hashable:
-        """Equal for two steps that differ in nothing but tensors, and in what else a batch holds."""
-        ...
-
-    @property
-    def anchors(self) -> tuple[object, ...]:
-        """The objects whose identity is part of the signature."""
-        ...
-
-    expected: Tensor | None
-    """The loss that the forward had at these weights; another one shows that something beside tensors has changed."""
-
-    @property
-    def stage(self) -> str:
-        """Whose loss it is, for messages."""
-        ...
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it is of the stage's last step: the first that a sweep comes to."""
-        ...
-
-    @property
-    def obstacle(self) -> str | None:
-        """What else the steps differ in, if there is something; a captured graph would freeze it."""
-        ...
-
-    def replaying(self) -> AbstractContextManager[None]:
-        """Return the random state in which the loss is evaluated."""
-        ...
-
-    def __call__(
-        self, params: Sequence[Tensor], others: Sequence[Tensor], context: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """Return the loss; `context` replaces the step's own."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +40,7 @@ class Product(ABC):
 
     @abstractmethod
     def linearize(
-        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+        self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
     ) -> tuple[Cotangents, Pullback]:
         """Return the gradient of the loss, detached, and the map from its cotangent u to the cotangents below it.
 
@@ -102,6 +56,32 @@ class Product(ABC):
         """
 
 
+class DoubleBackward(Product):
+    """Differentiate the gradient's own graph: exact; costs two plain steps beyond the gradient."""
+
+    uses_known_gradient = False
+
+    def __repr__(self) -> str:
+        return "DoubleBackward()"
+
+    def linearize(
+        self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+    ) -> tuple[Cotangents, Pullback]:
+        """Build the gradient with its graph; the pullback walks that graph."""
+        with torch.enable_grad():
+            at, beside = leaves(params), leaves(others)
+            gradients = torch.autograd.grad(loss(at, beside), at, create_graph=True, allow_unused=True)
+        if loss.is_last:
+            refuse_single_derivative(dict(enumerate(gradients)), loss.loop.name)
+
+        def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
+            below = at if wanted.params else []
+            found = linearized(gradients, cotangents, [*below, *beside], wanted.repeatedly)
+            return found[: len(below)] or [None] * len(at), found[len(below) :]
+
+        return [None if g is None else g.detach() for g in gradients], pullback
+
+
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the same values as leaves of a new graph."""
     return [t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors]
@@ -113,7 +93,7 @@ def linearized(
     inputs: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Cotangents:
-    """Return `u · ∂g/∂inputs` by the gradient's own graph."""
+    """Return `u · ∂g/∂inputs` by the gradient's own graph, or that of any other outputs g."""
     pairs = [(g, u) for g, u in zip(gradients, cotangents, strict=True) if g is not None and u is not None]
     pairs = [(g, u) for g, u in pairs if g.requires_grad]  # a linear loss has a constant gradient
     if not pairs or not inputs:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves, linearized
-from metaopt.estimators.products.double_backward import DoubleBackward
+from metaopt.estimators.products.base import (
+    Cotangents,
+    DoubleBackward,
+    Product,
+    Pullback,
+    Wanted,
+    leaves,
+    linearized,
+)
+from metaopt.estimators.step_loss import StepLoss
 
-_VIEWS = {
-    getattr(torch.ops.aten, name).default
-    for name in ("detach", "view", "t", "expand", "unsqueeze", "alias", "_unsafe_view", "permute")
-} | {torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int}
 MOST_PROGRAMS = 16  # shapes, stages; the program used longest ago is dropped
 MOST_CHANGES = 3  # captures in a row whose loss is another at the next replay
 
@@ -39,7 +42,6 @@ class Captured(Product):
 
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
-        self._eager = DoubleBackward()
         self._changes: Counter[Hashable] = Counter()
         self._warned: set[str] = set()
 
@@ -47,7 +49,7 @@ class Captured(Product):
         return "Captured()"
 
     def linearize(
-        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+        self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
     ) -> tuple[Cotangents, Pullback]:
         """Replay the captured graph, as far as it does not depend on u; the pullback replays the rest."""
         key = (loss.signature, wanted, *(_shape(t) for t in (*params, *others, *loss.context)))
@@ -61,25 +63,20 @@ class Captured(Product):
                 break
             self._programs.move_to_end(key)
             value, gradient, pullback = program.start(loss, params, others)
-            if loss.expected is not None and not _agree([value], [loss.expected]):
-                self._drop(key)
-            elif program.checked:
+            if loss.record.loss is None or _agree([value], [loss.record.loss]):
+                if not program.checked:
+                    eager = DoubleBackward().linearize(loss, params, others, wanted)
+                    return self._first_run(key, program, (gradient, pullback), eager)
                 self._changes[key] = 0
                 return gradient, pullback
-            else:
-                eager = self._eager.linearize(loss, params, others, wanted)
-                return self._first_run(key, program, (gradient, pullback), eager)
-        return self._eager.linearize(loss, params, others, wanted)
-
-    def _drop(self, key: Hashable) -> None:
-        """Forget a program whose loss is not the forward's; after some, do without."""
-        self._changes[key] += 1
-        del self._programs[key]
-        if self._changes[key] >= MOST_CHANGES:
-            self._programs[key] = self._fall_back("its loss changes by more than its tensors, from step to step")
+            self._changes[key] += 1
+            del self._programs[key]
+            if self._changes[key] >= MOST_CHANGES:
+                self._programs[key] = self._fall_back("its loss changes by more than its tensors, from step to step")
+        return DoubleBackward().linearize(loss, params, others, wanted)
 
     def _capture(
-        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+        self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
     ) -> _Program | None:
         if loss.obstacle:
             return self._fall_back(f"its loss reads {loss.obstacle}, which a captured graph would freeze")
@@ -118,37 +115,32 @@ class Captured(Product):
 class _Program:
     """A captured step in two graphs: what does not depend on the cotangent u, and the rest."""
 
-    def __init__(self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted) -> None:
+    def __init__(self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted) -> None:
         self.checked = False
         self._anchors, self._num_params = loss.anchors, len(params)  # their ids are in the signature
-        self._shown: list[list[bool]] = []
-        cotangents = [torch.zeros_like(p) for p in params]
-        inputs = [*params, *others, *loss.context, *cotangents]
-        joint = self._joint(loss, len(params), len(others), wanted)
-        graph = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(inputs)
-        num_gradients = sum(self._shown[0])
-        self._before, self._after = _split(graph, len(inputs) - len(params), num_gradients, wanted.gradient)
+        self._shown: list[list[bool]] = []  # of gradient and products: which are not None
+        num_params, end = len(params), len(params) + len(others)
 
-    def _joint(self, loss: Loss, num_params: int, num_others: int, wanted: Wanted) -> Callable[..., Any]:
-        """Return (params, others, context, u) → (loss, gradient, products), without the entries that are None."""
-        end = num_params + num_others
-
-        def joint(inputs: list[Tensor]) -> Any:
+        def joint(inputs: list[Tensor]) -> list[Tensor]:
+            """(params, others, context, u) → loss, gradient, products, without the entries that are None."""
             with torch.enable_grad():
                 at, beside = leaves(inputs[:num_params]), leaves(inputs[num_params:end])
                 value = loss(at, beside, inputs[end:-num_params])
                 shown = value.detach().clone()
-                gradients = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
+                graph = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
                 below = at if wanted.params else []
-                products = linearized(gradients, inputs[-num_params:], [*below, *beside])
-                products = [None] * (num_params - len(below)) + products
+                products = linearized(graph, inputs[-num_params:], [*below, *beside])
+            products = [None] * (num_params - len(below)) + products
+            gradients = [g.detach() if g is not None and wanted.gradient else None for g in graph]
             self._shown = [[t is not None for t in part] for part in (gradients, products)]
-            return [shown, *(g.detach() for g in gradients if g is not None), *(p for p in products if p is not None)]
+            return [shown, *(t for t in (*gradients, *products) if t is not None)]
 
-        return joint
+        inputs = [*params, *others, *loss.context, *(torch.zeros_like(p) for p in params)]
+        graph = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(inputs)
+        self._before, self._after = _split(graph, len(inputs) - num_params, sum(self._shown[0]))
 
     def start(
-        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor]
+        self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor]
     ) -> tuple[Tensor, Cotangents, Pullback]:
         """Run the first graph, which gives the loss too; the pullback runs the second."""
         with torch.no_grad(), loss.replaying():
@@ -163,57 +155,35 @@ class _Program:
         return value, _placed(gradients, self._shown[0]), pullback
 
 
-def _split(
-    graph: fx.GraphModule, num_fixed: int, num_gradients: int, wants_gradient: bool
-) -> tuple[fx.GraphModule, fx.GraphModule]:
+def _split(graph: fx.GraphModule, num_fixed: int, num_gradients: int) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a joint graph in two: (fixed inputs → loss, gradient, values to keep) and (kept values, u → products)."""
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    loss, *rest_of = output.args[0]
-    gradients, products = rest_of[:num_gradients] if wants_gradient else [], rest_of[num_gradients:]
-    output.args = ([loss, *gradients, *products],)
-    _merge_views(graph.graph)
     graph.graph.eliminate_dead_code()
+    *nodes, output = graph.graph.nodes
     loss, *rest_of = output.args[0]
-    gradients, products = rest_of[: len(gradients)], rest_of[len(gradients) :]
-    nodes = list(graph.graph.nodes)[:-1]
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    late = set(placeholders[num_fixed:])
+    gradients, products = rest_of[:num_gradients], rest_of[num_gradients:]
+    late = {node for node in nodes if node.op == "placeholder"} - set(nodes[:num_fixed])
     for node in nodes:
-        if any(source in late for source in node.all_input_nodes):
+        if not late.isdisjoint(node.all_input_nodes):
             late.add(node)
-    kept = [n for n in nodes if n not in late and (n in products or any(user in late for user in n.users))]
+    kept = [n for n in nodes if n not in late and (n in products or not late.isdisjoint(n.users))]
 
     before, after = fx.Graph(), fx.Graph()
     early: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if node not in late:
-            early[node] = before.node_copy(node, early.__getitem__)
-    before.output((early[loss], [early[g] for g in gradients], [early[n] for n in kept]))
     rest = {node: after.placeholder(f"kept_{i}") for i, node in enumerate(kept)}
     for node in nodes:
         if node in late:
             rest[node] = after.node_copy(node, rest.__getitem__)
+        else:
+            early[node] = before.node_copy(node, early.__getitem__)
+    before.output((early[loss], [early[g] for g in gradients], [early[n] for n in kept]))
     after.output([rest[p] for p in products])
     return fx.GraphModule(graph, before), fx.GraphModule(graph, after)
 
 
-def _merge_views(graph: fx.Graph) -> None:
-    """Let equal views of one tensor be one node, and drop `detach`: all are aliases, so writes through them stay."""
-    seen: dict[Any, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target not in _VIEWS:
-            continue
-        key = (node.target, repr(node.args), repr(node.kwargs))  # a node's repr is its unique name
-        same = node.args[0] if node.target is torch.ops.aten.detach.default else seen.setdefault(key, node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-
-
 def _placed(tensors: Sequence[Tensor], shown: Sequence[bool]) -> Cotangents:
-    """Put tensors where `shown` says, and None elsewhere (everywhere, if there are none)."""
+    """Put tensors where `shown` says, and None elsewhere."""
     rest = iter(tensors)
-    return [next(rest, None) if there else None for there in shown]
+    return [next(rest) if there else None for there in shown]
 
 
 def _shape(tensor: Tensor) -> Hashable:

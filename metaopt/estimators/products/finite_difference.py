@@ -9,7 +9,8 @@ from torch import Tensor
 
 from metaopt.base.errors import ConfigError
 from metaopt.core.guards import refuse_given_weights
-from metaopt.estimators.products.base import Cotangents, Loss, Product, Pullback, Wanted, leaves
+from metaopt.estimators.products.base import Cotangents, Product, Pullback, Wanted, leaves
+from metaopt.estimators.step_loss import StepLoss
 
 
 class FiniteDifference(Product):
@@ -35,41 +36,36 @@ class FiniteDifference(Product):
         return f"FiniteDifference(epsilon={self.epsilon})"
 
     def linearize(
-        self, loss: Loss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
+        self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
     ) -> tuple[Cotangents, Pullback]:
         """Compute the gradient, if it is wanted; the pullback computes two more."""
-        skipped = 0 if wanted.params else len(params)
+        num_params = len(params)
+        skipped = 0 if wanted.params else num_params
 
-        def gradients(at: Sequence[Tensor], start: int, end: int) -> Cotangents:
+        def gradients(at: Sequence[Tensor], start: int, end: int | None) -> Cotangents:
             with torch.enable_grad():
                 inputs = [*leaves(at), *leaves(others)]
-                value = loss(inputs[: len(params)], inputs[len(params) :])
+                value = loss(inputs[:num_params], inputs[num_params:])
                 if loss.is_last:
-                    refuse_given_weights(value, loss.stage)
-                found = torch.autograd.grad(value, inputs[start:end], allow_unused=True) if start < end else ()
+                    refuse_given_weights(value, loss.loop.name)
+                asked = inputs[start:end]
+                found = torch.autograd.grad(value, asked, allow_unused=True) if asked else ()
             return [None] * start + list(found)
 
         def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
             direction = [torch.zeros_like(p) if u is None else u for p, u in zip(params, cotangents, strict=True)]
             length = _norm(direction)
             if float(length) == 0.0:
-                return [None] * len(params), [None] * len(others)
+                return [None] * num_params, [None] * len(others)
             relative = self.epsilon or torch.finfo(params[0].dtype).eps ** (1 / 3)
             step = relative * (1 + _norm(params)) / length
-            above, below = (
-                gradients(
-                    [p + sign * step * u for p, u in zip(params, direction, strict=True)],
-                    skipped,
-                    len(params) + len(others),
-                )
-                for sign in (1, -1)
-            )
-            found = [
-                None if a is None or b is None else (a - b) / (2 * step) for a, b in zip(above, below, strict=True)
-            ]
-            return found[: len(params)], found[len(params) :]
+            above = gradients([p + step * u for p, u in zip(params, direction, strict=True)], skipped, None)
+            below = gradients([p - step * u for p, u in zip(params, direction, strict=True)], skipped, None)
+            pairs = zip(above, below, strict=True)
+            found = [None if a is None or b is None else (a - b) / (2 * step) for a, b in pairs]
+            return found[:num_params], found[num_params:]
 
-        return gradients(params, 0, len(params)) if wanted.gradient else [None] * len(params), pullback
+        return gradients(params, 0, num_params) if wanted.gradient else [None] * num_params, pullback
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
