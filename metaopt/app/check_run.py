@@ -19,6 +19,7 @@ from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.check import check_hypergradient, num_runs
 from metaopt.diagnostics.check_result import CheckResult
 from metaopt.diagnostics.explain import explain_hypergradient, explained
+from metaopt.diagnostics.tables import STYLES
 from metaopt.progress import progress_bar
 
 
@@ -70,7 +71,7 @@ class CheckRun(Inspection):
         cuts = str(explain_hypergradient(*self._parts)) if result.verdict == "differs" else ""
         if cuts:
             self.console.print(Text(cuts))
-        report.print_verdict(self.console, result)
+        self.console.print(Text(result.headline, style=STYLES[result.verdict]))
         seconds = time.perf_counter() - self._start
         more = {"cuts": cuts, **circumstances(seconds, self.config.trainer.seed)}
         (self.path / "check.json").write_text(json.dumps({**result.as_dict(), **more}, indent=2) + "\n")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from metaopt.app import build, report
@@ -21,7 +17,7 @@ from metaopt.base.errors import ConfigError, MissingPathError
 from metaopt.core.contracts import Estimator
 from metaopt.diagnostics.explain import explained
 from metaopt.diagnostics.fidelity import OWN, compare_estimators, num_calls
-from metaopt.diagnostics.fidelity_result import FidelityResult, FidelityRow
+from metaopt.diagnostics.fidelity_result import FidelityResult
 from metaopt.progress import progress_bar
 from metaopt.trainer import MetaTrainer
 
@@ -71,7 +67,11 @@ class FidelityRun(Inspection):
 
     def report(self, result: FidelityResult) -> None:
         """Show the table, the remarks and what to use; write `fidelity.json` and the plot."""
-        print_fidelity(self.console, result)
+        self.console.print(result.table())
+        for remark in result.remarks:
+            self.console.print(Text(remark))
+        for line in result.recommendation:
+            self.console.print(Text(f"→ {line}", style="bold"))
         seconds = time.perf_counter() - self._start
         found = {**result.as_dict(), **circumstances(seconds, self.config.trainer.seed)}
         (self.path / "fidelity.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -87,88 +87,31 @@ def _estimator(config: DictConfig, name: str) -> Estimator:
     return built
 
 
-def print_fidelity(console: Console, result: FidelityResult) -> None:
-    """Show the rows beside plain training, the remarks, and which to use."""
-    head, *rows = result.cells
-    table = Table(title=result.title, title_justify="left")
-    for column in head:
-        table.add_column(column, justify="left" if column == head[0] else "right")
-    for row in rows:
-        table.add_row(*(Text(cell, style="red" if cell == "fails" else "") for cell in row), end_section=row is rows[0])
-    console.print(table)
-    for remark in result.remarks:
-        console.print(Text(remark))
-    for line in result.recommendation:
-        console.print(Text(f"→ {line}", style="bold"))
-
-
-# --- the plot ---------------------------------------------------------------------------------------------------
-
-
 def plot_fidelity(result: FidelityResult, path: Path) -> None:
     """Draw each estimator's error in the run's dtype against its peak bytes and its time; nothing if all fail."""
-    rows = [row for row in result.rows if row.cost and row.in_run and row.name != OWN]
-    if not rows:
+    found = [(row, row.cost) for row in result.rows if row.cost and row.in_run and row.name != OWN]
+    if not found:
         return
     figure, _ = report._figure(10.4, 4.6)
     figure.clear()
+    figure.suptitle("Error of the hypergradient, and what it costs (filled: exact but for rounding)", fontsize=12)
     left, right = figure.subplots(1, 2, sharey=True)
-    figure.suptitle("Error of the hypergradient, and what it costs", fontsize=12)
-    least = 2.0**-53
-    errors = [max(row.error, least) for row in rows]
-    panels = (
-        (left, "peak of tensors held (MB)", [row.cost.peak_bytes / 1e6 for row in rows if row.cost]),
-        (right, "time (plain training = 1)", [row.cost.time for row in rows if row.cost]),
-    )
-    for axes, label, costs in panels:
+    left.set(xlabel="peak of tensors held (MB)", ylabel=f"relative error, in {result.dtype}", yscale="log")
+    right.set(xlabel="time (plain training = 1)")
+    for i, (row, cost) in enumerate(found):
+        colour, error = f"C{i % 10}", max(row.error, 2.0**-53)
+        style = {
+            "marker": "osD^vP*X<>"[i % 10],
+            "facecolor": colour if row.is_exact else "white",
+            "edgecolor": colour,
+            "s": 45,
+            "zorder": 3,
+        }
+        left.scatter(cost.peak_bytes / 1e6, error, label=row.name, **style)
+        right.scatter(cost.time, error, **style)
+    for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set(xlabel=label, yscale="log")
-        axes.scatter(costs, errors, s=30, color=[_colour(row) for row in rows], zorder=3)
-        axes.margins(0.14, 0.12)
         axes.set_xlim(left=0)
         axes.grid(color="0.92", zorder=0)
-    left.set_ylabel(f"relative error, in {result.dtype}")
-    for colour, meaning in ((report.GOOD, "exact but for rounding"), (report.BAD, "approximate")):
-        right.scatter([], [], s=30, color=colour, label=meaning)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.draw_without_rendering()  # the layout is settled once, before there are labels
-    figure.set_layout_engine("none")
-    for axes, _, costs in panels:
-        _label(axes, [row.name for row in rows], list(zip(costs, errors, strict=True)))
+    figure.legend(loc="outside right center", frameon=False)
     report._save(figure, path)
-
-
-def _colour(row: FidelityRow) -> str:
-    return report.GOOD if row.is_exact else report.BAD
-
-
-def _label(axes: Any, names: list[str], points: list[tuple[float, float]]) -> None:
-    """Write names beside points, each at the nearest place where it covers neither a point nor another name."""
-    from matplotlib.transforms import Bbox
-
-    inside = axes.get_window_extent()
-    centres = [axes.transData.transform(point) for point in points]
-    taken = [Bbox.from_bounds(x - 12, y - 8, 24, 16) for x, y in centres]
-    for name, point in zip(names, points, strict=True):
-        text = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", fontsize=8)
-        for x, y, side in _places():
-            text.set(position=(x, y), ha=side, va="center")
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken) and _within(box, inside):
-                break
-        taken.append(text.get_window_extent())
-        x, y = text.get_position()
-        if abs(y) > 8:
-            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
-            axes.annotate("", point, (x, y), textcoords="offset points", arrowprops=line)
-
-
-def _places() -> Iterator[tuple[float, float, str]]:
-    """Yield offsets in points and the alignment that goes with them, the nearest first."""
-    for distance, sign in itertools.product((0, 9, 18, 27, 36, 45, 60, 75, 90, 110, 130), (1, -1)):
-        yield 7, sign * distance, "left"
-        yield -7, sign * distance, "right"
-
-
-def _within(box: Any, area: Any) -> bool:
-    return box.x0 >= area.x0 and box.x1 <= area.x1 and box.y0 >= area.y0 and box.y1 <= area.y1

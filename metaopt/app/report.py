@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from metaopt.diagnostics.check_result import CheckResult
+
 SMALL = 8  # entries of a meta-parameter that are shown one by one
 BAR = 30  # characters of the longest bar
 GOOD, BAD, PLAIN = "#2a9d8f", "#e76f51", "#457b9d"
@@ -20,57 +22,18 @@ REMEDIES = (
     "more meta-steps (trainer.meta_steps=...), another meta-rate (meta_optimizer.lr=...). With the same overrides, "
     "metaopt-check says whether the hypergradient is right, metaopt-fidelity what each estimator makes of it."
 )
-VERDICTS = {"agrees": "green", "undecided": "yellow", "differs": "bold red"}
 
 
-def print_check(console: Console, check: Any, when: str = "first", sweep: bool = False) -> None:
+def print_check(console: Console, check: CheckResult, sweep: bool = False) -> None:
     """Show the hypergradient beside its central differences, one block of rows per meta-parameter, and the remarks."""
-    title = f"hypergradient of the {when} meta-step, in float64"
-    table = Table(title=title, title_justify="left")
-    table.add_column("meta-parameter")
-    for column in ("direction", "hypergradient", "central difference", "rel. error", "uncertain by"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
-    shown = None
-    for row in check.rows:
-        if shown not in (None, row.meta_param):
-            table.add_section()
-        cells = (f"{row.hypergradient:+.6e}", f"{row.difference:+.6e}", f"{row.error:.1e}", f"{row.uncertainty:.1e}")
-        name = "" if shown == row.meta_param else row.meta_param
-        table.add_row(name, row.direction, *cells, Text(row.verdict, style=VERDICTS[row.verdict]))
-        shown = row.meta_param
-    console.print(table)
+    console.print(check.table("hypergradient of the first meta-step, in float64"))
     if sweep:
-        _print_sweep(console, check)
+        console.print(
+            "relative error at each step h: truncation falls with h², rounding grows with 1/h, a mistake stays"
+        )
+        console.print(check.sweep_table())
     for remark in check.remarks:
         console.print(Text(remark))
-
-
-def _print_sweep(console: Console, check: Any) -> None:
-    """Show how far the hypergradient is from the difference at each step; the step that was taken is marked."""
-    console.print("relative error at each step h: truncation falls with h², rounding grows with 1/h, a mistake stays")
-    table = Table()
-    table.add_column("meta-parameter")
-    table.add_column("direction", justify="right")
-    for step, _ in check.rows[0].sweep:
-        table.add_column(f"h = {step:.0e}", justify="right")
-    for row in check.rows:
-        errors = [
-            Text(f"{_relative(row.hypergradient, slope):.1e}", style="bold" if step == row.step else "")
-            + Text(" ←" if step == row.step else "  ")
-            for step, slope in row.sweep
-        ]
-        table.add_row(row.meta_param, row.direction, *errors)
-    console.print(table)
-
-
-def _relative(one: float, other: float) -> float:
-    return abs(one - other) / (max(abs(one), abs(other)) or 1.0)
-
-
-def print_verdict(console: Console, check: Any) -> None:
-    """Show the verdict of a check in one line."""
-    console.print(Text(check.headline, style=VERDICTS[check.verdict]))
 
 
 def print_summary(console: Console, learned: Mapping[str, float]) -> None:

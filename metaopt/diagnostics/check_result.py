@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from metaopt.core.guards import left_out
+from metaopt.diagnostics.tables import plain, table
 
 Verdict = Literal["agrees", "undecided", "differs"]
 MOST_NAMED = 3  # places that a remark names
 _COARSE = 1e5 * torch.finfo(torch.float64).eps  # relative noise that float64 alone does not make
+_LEFT = ("meta-parameter", "verdict")
+
+_HEADLINES = {
+    "agrees": "is right",
+    "differs": "is not the derivative of this training",
+    "undecided": "is neither shown right nor wrong",
+}
+_UNCERTAIN = "the difference is uncertain by {uncertainty:.1e} beside a slope of {slope:.1e}: "
+_WHY_UNDECIDED = {
+    "biased": "the gradient is an estimate by design, so a gap shows no mistake, nor that there is none. {biases}. To "
+    "check everything else, choose a variant without it",
+    "kink": "the meta-loss has a kink here (a ReLU, abs, max or clamp at its corner): one-sided slopes differ by "
+    "{jump:.1e}, and the hypergradient may be either's. Move the meta-parameters a little, or warm up first",
+    "casts": _UNCERTAIN + "a float32 operation inside the models rounds the meta-loss, at {casts}. "
+    "all_in_float64=True (check.all_in_float64=true) leaves such casts out",
+    "steps": _UNCERTAIN + "it changes from step to step by more than rounding explains. Either the meta-loss has a "
+    "kink or a jump within the steps, or they are too large: try smaller ones (steps=(1e-5, 1e-6, 1e-7))",
+    "rough": _UNCERTAIN
+    + "the meta-loss is rough, by {noise:.1e} at a value of {loss:.4g}, which is more than rounding "
+    "in float64. It jumps (round, argmax, a sample), or training amplifies rounding (Adam with a small eps where a "
+    "gradient is zero; many steps)",
+    "noise": _UNCERTAIN + "the meta-loss is {loss:.4g}, rounded at {noise:.1e}, and dividing by the step makes that "
+    "large. Take larger steps (steps=(1e-1, 1e-2, 1e-3)), or more inner steps",
+}
+_KEEPS = (
+    "{} keeps something from an earlier call: a copy that was never called gives another meta-loss. Compute it anew at "
+    "every call, from `model`, `meta_params` and `upstream`"
+)
+_OTHERWISE = (
+    "the same training ended at a meta-loss of {:.10g} with a graph and at {:.10g} without one. A plug-in draws random "
+    "numbers from a generator of its own, asks whether gradients are on, or keeps something from an earlier call"
+)
+_IN_PLACE = (
+    "{} updates in place, under no_grad, what the graph holds: the training goes on with the new value, the "
+    "hypergradient with the old one. Return a new tensor: g * scale"
+)
+_INEXACT = (
+    "an approximation by design ({}): the relative error is its own, as long as an exact estimator agrees; check with "
+    "Unrolled() (estimator=unrolled)"
+)
+_UNKNOWN = (
+    "some step of this training is not the one that is differentiated. Look in your losses, transforms, hand-overs and "
+    "objective for .detach(), .item(), torch.no_grad() or an in-place update of something that depends on the "
+    "meta-parameters (metaopt.explain_hypergradient finds cuts), and for a backward of your own"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +99,7 @@ class CheckRow:
     @property
     def error(self) -> float:
         """Relative error of the hypergradient against the difference."""
-        return self.gap / self.scale if self.scale else 0.0
+        return _relative(self.hypergradient, self.difference)
 
     @property
     def verdict(self) -> Verdict:
@@ -68,6 +117,20 @@ class CheckRow:
         if self.gap <= 10 * self.uncertainty:
             return "noise" if self.uncertainty <= 10 * self.rounding else "steps"
         return "kink" if self.gap <= 10 * self.uncertainty + self.jump else "biased"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row for a file."""
+        return {
+            "meta_param": self.meta_param,
+            "direction": self.direction,
+            "verdict": self.verdict,
+            "hypergradient": self.hypergradient,
+            "central_difference": self.difference,
+            "relative_error": self.error,
+            "uncertainty": self.uncertainty,
+            "step": self.step,
+            "sweep": [{"step": step, "central_difference": slope} for step, slope in self.sweep],
+        }
 
 
 @dataclass(frozen=True)
@@ -103,164 +166,110 @@ class CheckResult:
     @property
     def verdict(self) -> Verdict:
         """`differs` if any row does or a plug-in keeps something; `agrees` if a row of each meta-parameter does."""
-        if self.keepers or any(row.verdict == "differs" for row in self.rows):
+        if self.keepers or self._named("differs"):
             return "differs"
-        shown = {row.meta_param for row in self.rows if row.verdict == "agrees"}
-        return "agrees" if shown and shown == {row.meta_param for row in self.rows} else "undecided"
+        return "agrees" if self._named("agrees") and not self._not_shown else "undecided"
 
     @property
     def ok(self) -> bool:
         """Whether the verdict is `agrees`."""
         return self.verdict == "agrees"
 
+    def _named(self, verdict: Verdict) -> list[str]:
+        return list(dict.fromkeys(row.meta_param for row in self.rows if row.verdict == verdict))
+
+    @property
+    def _not_shown(self) -> list[str]:
+        """The meta-parameters of which no row agrees."""
+        return [
+            name for name in dict.fromkeys(row.meta_param for row in self.rows) if name not in self._named("agrees")
+        ]
+
     @property
     def headline(self) -> str:
         """The verdict in one line."""
         counts = {v: sum(row.verdict == v for row in self.rows) for v in ("agrees", "differs", "undecided")}
-        told = ", ".join(f"{n} of {len(self.rows)} directions {_verb(v, n)}" for v, n in counts.items() if n)
-        agreed = [row.error for row in self.rows if row.verdict == "agrees"]
-        worst = f"; largest relative error where they agree {max(agreed):.1e}" if agreed else ""
+        verbs = {v: v if n == 1 else v.removesuffix("s") for v, n in counts.items()}
+        told = ", ".join(f"{n} of {len(self.rows)} directions {verbs[v]}" for v, n in counts.items() if n)
+        if counts["agrees"]:
+            worst = max(row.error for row in self.rows if row.verdict == "agrees")
+            told += f"; largest relative error where they agree {worst:.1e}"
         if self.keepers:
-            return f"a plug-in keeps something from an earlier call; for what it keeps: {told}{worst}"
-        shown = {row.meta_param for row in self.rows if row.verdict == "agrees"}
-        wrong = {row.meta_param: None for row in self.rows if row.verdict == "differs"}
-        names = wrong or {row.meta_param: None for row in self.rows if row.meta_param not in shown}
+            return f"a plug-in keeps something from an earlier call; for what it keeps: {told}"
+        names = self._named("differs") or self._not_shown
         of = f" of {_listed(names)}" if names else ""
-        return f"the hypergradient{of} {_HEAD[self.verdict]}: {told}{worst}"
+        return f"the hypergradient{of} {_HEADLINES[self.verdict]}: {told}"
+
+    def table(self, title: str = "") -> Table:
+        """Return the rows, one block per meta-parameter."""
+        head = ("direction", "hypergradient", "central difference", "rel. error", "uncertain by", "verdict")
+
+        def cells(row: CheckRow, name: str) -> tuple[str, ...]:
+            slopes = f"{row.hypergradient:+.6e}", f"{row.difference:+.6e}"
+            return name, row.direction, *slopes, f"{row.error:.1e}", f"{row.uncertainty:.1e}", row.verdict
+
+        blocks = itertools.groupby(self.rows, key=lambda row: row.meta_param)
+        shown = ([cells(row, "" if i else name) for i, row in enumerate(rows)] for name, rows in blocks)
+        return table(shown, ("meta-parameter", *head), _LEFT, title)
+
+    def sweep_table(self) -> Table:
+        """Return how far the hypergradient is from the difference at each step; the step that was taken is marked."""
+        steps = [step for step, _ in self.rows[0].sweep]
+        made = table([], ("meta-parameter", "direction", *(f"h = {step:.0e}" for step in steps)), _LEFT)
+        for row in self.rows:
+            errors = [(h == row.step, f"{_relative(row.hypergradient, slope):.1e}") for h, slope in row.sweep]
+            marked = (Text(f"{error} ←", style="bold") if taken else f"{error}  " for taken, error in errors)
+            made.add_row(row.meta_param, row.direction, *marked)
+        return made
 
     def __str__(self) -> str:
-        head = ("meta-parameter", "direction", "hypergradient", "central difference", "rel. error", "verdict")
-        rows = [
-            (r.meta_param, r.direction, f"{r.hypergradient:+.8e}", f"{r.difference:+.8e}", f"{r.error:.1e}", r.verdict)
-            for r in self.rows
-        ]
-        widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [head, *rows]]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*lines, *self.remarks])
+        return "\n".join([plain(self.table()), *self.remarks])
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the tensors, for a file."""
-        rows = [
-            {
-                "meta_param": row.meta_param,
-                "direction": row.direction,
-                "verdict": row.verdict,
-                "hypergradient": row.hypergradient,
-                "central_difference": row.difference,
-                "relative_error": row.error,
-                "uncertainty": row.uncertainty,
-                "step": row.step,
-                "sweep": [{"step": step, "central_difference": slope} for step, slope in row.sweep],
-            }
-            for row in self.rows
-        ]
         more = {"meta_loss": self.meta_loss, "noise": self.noise, "casts": self.casts, "remarks": self.remarks}
-        return {"verdict": self.verdict, **more, "rows": rows}
+        return {"verdict": self.verdict, **more, "rows": [row.as_dict() for row in self.rows]}
 
     @property
     def remarks(self) -> list[str]:
         """What the table alone does not say: why rows are undecided, and what may be wrong where they differ."""
-        found = [f"undecided: {self._why(cause, rows)}" for cause, rows in self._undecided()]
-        if self.verdict == "differs":
-            found += [f"differs: {why}" for why in self._suspicions()]
-        return found
-
-    def _undecided(self) -> Iterator[tuple[str, list[CheckRow]]]:
-        for cause in ("noise", "steps", "kink", "biased"):
-            rows = [row for row in self.rows if row.cause == cause]
-            if rows:
-                yield cause, rows
+        causes = {c: [row for row in self.rows if row.cause == c] for c in ("noise", "steps", "kink", "biased")}
+        found = [f"undecided: {self._why(cause, rows)}" for cause, rows in causes.items() if rows]
+        return found + [f"differs: {why}" for why in self._suspicions() if self.verdict == "differs"]
 
     def _why(self, cause: str, rows: list[CheckRow]) -> str:
-        if cause == "biased":
-            return (
-                f"the gradient is an estimate by design, so a gap shows no mistake, nor that there is none. "
-                f"{'; '.join(self.biases)}. To check everything else, choose a variant without it"
-            )
-        if cause == "kink":
-            jump = max(row.jump for row in rows)
-            return (
-                f"the meta-loss has a kink here: one-sided slopes differ by {jump:.1e}, and the hypergradient may be "
-                "either's (a ReLU, abs, max or clamp exactly at its corner). Check where it is smooth: move the "
-                "meta-parameters a little, or warm up first"
-            )
-        uncertain = f"the difference is uncertain by {max(row.uncertainty for row in rows):.1e}"
-        slope = f"which is too much beside a slope of {min(row.scale for row in rows):.1e}"
-        if self.casts:
-            return (
-                f"{uncertain}, {slope}: a float32 operation inside the models rounds the meta-loss, at "
-                f"{_listed(self.casts)}. all_in_float64=True (check.all_in_float64=true) leaves such casts out"
-            )
-        if cause == "steps":
-            return (
-                f"{uncertain}, {slope}: it changes from step to step by more than rounding explains. Either the "
-                "meta-loss has a kink or a jump within the steps, or they are too large: try smaller ones "
-                "(steps=(1e-5, 1e-6, 1e-7))"
-            )
-        if self.noise > _COARSE * abs(self.meta_loss):
-            return (
-                f"{uncertain}, {slope}: the meta-loss is rough, by {self.noise:.1e} at a value of "
-                f"{self.meta_loss:.4g}, which is more than rounding in float64. It jumps (round, argmax, a sample), "
-                "or training amplifies rounding (Adam with a small eps where a gradient is zero; many steps)"
-            )
-        return (
-            f"{uncertain}, {slope}: the meta-loss is {self.meta_loss:.4g}, rounded at {self.noise:.1e}, and dividing "
-            "by the step makes that large. Take larger steps (steps=(1e-1, 1e-2, 1e-3)), or more inner steps, so that "
-            "the meta-parameter has more effect"
+        if cause == "noise" and self.noise > _COARSE * abs(self.meta_loss):
+            cause = "rough"
+        if self.casts and cause not in ("kink", "biased"):
+            cause = "casts"
+        return _WHY_UNDECIDED[cause].format(
+            uncertainty=max(row.uncertainty for row in rows),
+            slope=min(row.scale for row in rows),
+            jump=max(row.jump for row in rows),
+            casts=_listed(self.casts),
+            biases="; ".join(self.biases),
+            noise=self.noise,
+            loss=self.meta_loss,
         )
 
     def _suspicions(self) -> Iterator[str]:
+        plain_loss = self.meta_loss if self.plain_loss is None else self.plain_loss
         if self.keepers:
-            yield (
-                f"{_listed(self.keepers)} keeps something from an earlier call: a copy that was never called gives "
-                "another meta-loss, and a later meta-step trains on what is stale. Compute it anew at every call, from "
-                "`model`, `meta_params` and `upstream`"
-            )
-        elif self._repeats_otherwise:
-            yield (
-                f"the same training ended at a meta-loss of {self.meta_loss:.10g} with a graph and at "
-                f"{self.plain_loss:.10g} without one. A plug-in draws random numbers from a generator of its own, asks "
-                "whether gradients are on, or keeps something from an earlier call"
-            )
+            yield _KEEPS.format(_listed(self.keepers))
+        elif abs(self.meta_loss - plain_loss) > 1e-8 * abs(plain_loss) + 10 * self.noise:
+            yield _OTHERWISE.format(self.meta_loss, plain_loss)
         if self.moved:
             yield f"training moves {left_out(self.moved)}"
         if self.in_place:
-            yield (
-                f"{_listed(self.in_place)} updates in place, under no_grad, what the graph holds: the training goes on "
-                "with the new value, the hypergradient with the old one. Return a new tensor: g * scale"
-            )
+            yield _IN_PLACE.format(_listed(self.in_place))
         elif self.inexact:
-            yield (
-                f"an approximation by design ({_listed(self.inexact)}): the relative error is its own, as long as an "
-                "exact estimator agrees; check with Unrolled() (estimator=unrolled)"
-            )
+            yield _INEXACT.format(_listed(self.inexact))
         elif not self.keepers:
-            yield (
-                "some step of this training is not the one that is differentiated. Look in your losses, transforms, "
-                "hand-overs and objective for .detach(), .item(), torch.no_grad() or an in-place update of something "
-                "that depends on the meta-parameters (metaopt.explain_hypergradient finds cuts), and for a backward of "
-                "your own"
-            )
-
-    @property
-    def _repeats_otherwise(self) -> bool:
-        if self.plain_loss is None:
-            return False
-        return abs(self.meta_loss - self.plain_loss) > 1e-8 * abs(self.plain_loss) + 10 * self.noise
+            yield _UNKNOWN
 
 
-_HEAD = {
-    "agrees": "is right",
-    "differs": "is not the derivative of this training",
-    "undecided": "is neither shown right nor wrong",
-}
-
-
-def _verb(verdict: str, count: int) -> str:
-    if verdict == "undecided":
-        return "undecided"
-    return verdict if count == 1 else verdict.removesuffix("s")
+def _relative(one: float, other: float) -> float:
+    return abs(one - other) / (max(abs(one), abs(other)) or 1.0)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+
+from metaopt.diagnostics.tables import plain, table
+
 EXACT_WITHIN = 1e-4  # casts to float32 inside a model may make so much, in an estimator that is exact
 NEAR = 0.99  # cosine from which an approximation is near
 
@@ -25,6 +29,11 @@ class Deviation:
             return None
         columns = zip(*map(dataclasses.astuple, found), strict=True)
         return cls(*(sum(column) / len(found) for column in columns))
+
+    @property
+    def shown(self) -> str:
+        """The relative error as shown."""
+        return f"{self.relative_error:.1e}" if self.relative_error else "0"
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,9 @@ class FidelityRow:
         """The row as shown."""
         if self.in_float64 is None:
             return self.name, "fails", *[""] * 5
-        deviation = f"{self.in_float64.cosine:.4f}", _error(self.in_float64)
-        in_run = "fails" if self.in_run is None else _error(self.in_run)
-        return self.name, *deviation, in_run, *([""] * 3 if self.cost is None else self.cost.cells)
+        in_run = "fails" if self.in_run is None else self.in_run.shown
+        costs = [""] * 3 if self.cost is None else self.cost.cells
+        return self.name, f"{self.in_float64.cosine:.4f}", self.in_float64.shown, in_run, *costs
 
 
 @dataclass(frozen=True)
@@ -124,11 +133,11 @@ class FidelityResult:
             f"median of {self.num_runs} runs"
         )
 
-    @property
-    def cells(self) -> list[tuple[str, ...]]:
-        """The table: headings, plain training, the rows."""
+    def table(self) -> Table:
+        """Return plain training and the rows."""
         head = ("estimator", "cosine", "rel. error", f"in {self.dtype}", "time", "peak", "flops")
-        return [head, ("(plain training)", "", "", "", *self.plain.cells), *(row.cells for row in self.rows)]
+        plain_training = ("(plain training)", "", "", "", *self.plain.cells)
+        return table([[plain_training], [row.cells for row in self.rows]], head, head[:1], self.title)
 
     @property
     def remarks(self) -> list[str]:
@@ -143,41 +152,27 @@ class FidelityResult:
     @property
     def recommendation(self) -> list[str]:
         """The cheapest of the exact estimators and of those that are near, one line each."""
-        known: set[str] = set()  # the chain's own, which comes last, may be one of those before it
-        rows = [r for r in self.rows if r.cost and not (r.failure or r.estimator in known or known.add(r.estimator))]
-        exact, near = [row for row in rows if row.is_exact], [row for row in rows if row.is_near]
-        choices = (
-            ("fewest bytes, exact", exact, _bytes),
-            ("least time, exact", exact, _time),
-            (f"least time, cosine ≥ {NEAR}", near, _time),
-        )
-        return [f"{what}: {_shown(min(among, key=cost))}" for what, among, cost in choices if among]
+        different: dict[str, tuple[FidelityRow, Cost]] = {}  # the chain's own, the last, may be one of those before it
+        for row in self.rows:
+            if row.cost and not row.failure:
+                different.setdefault(row.estimator, (row, row.cost))
+        lines = []
+        for label, which, by in (
+            ("fewest bytes, exact", "is_exact", "peak_bytes"),
+            ("least time, exact", "is_exact", "time"),
+            (f"least time, cosine ≥ {NEAR}", "is_near", "time"),
+        ):
+            among = [(row, cost) for row, cost in different.values() if getattr(row, which)]
+            if among:
+                row, cost = min(among, key=lambda pair, by=by: getattr(pair[1], by))
+                time, peak, _ = cost.cells
+                error = row.in_run.shown if row.in_run else ""
+                lines.append(f"{label}: {row.name} ({peak}, {time} plain training, rel. error {error})")
+        return lines
 
     def __str__(self) -> str:
-        cells = self.cells
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self.title, *lines, *self.remarks, *self.recommendation])
+        return "\n".join([self.title, plain(self.table()), *self.remarks, *self.recommendation])
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for a file."""
         return {**dataclasses.asdict(self), "remarks": self.remarks, "recommendation": self.recommendation}
-
-
-def _bytes(row: FidelityRow) -> float:
-    return float("inf") if row.cost is None else row.cost.peak_bytes
-
-
-def _time(row: FidelityRow) -> float:
-    return float("inf") if row.cost is None else row.cost.time
-
-
-def _shown(row: FidelityRow) -> str:
-    time, peak, _ = row.cost.cells if row.cost else ("", "", "")
-    error = "" if row.in_run is None else _error(row.in_run)
-    return f"{row.name} ({peak}, {time} plain training, rel. error {error})"
-
-
-def _error(found: Deviation) -> str:
-    return f"{found.relative_error:.1e}" if found.relative_error else "0"

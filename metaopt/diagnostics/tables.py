@@ -1,0 +1,37 @@
+"""One table of a result, for the console and as plain text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+STYLES = {"agrees": "green", "undecided": "yellow", "differs": "bold red", "fails": "red"}
+_PLAIN = Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)  # dashes under the headings, no other line
+
+
+def table(
+    blocks: Iterable[Iterable[Sequence[str]]], head: Sequence[str], left: Sequence[str], title: str = ""
+) -> Table:
+    """Return blocks of rows as a table; verdicts are coloured, and the columns of `left` stand left."""
+    made = Table(title=title or None, title_justify="left")
+    for column in head:
+        made.add_column(column, justify="left" if column in left else "right")
+    for block in blocks:
+        for row in block:
+            made.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+        made.add_section()
+    return made
+
+
+def plain(made: Table) -> str:
+    """Return a table as text, without its title."""
+    made.title, made.box, made.show_edge, made.pad_edge = None, _PLAIN, False, False
+    console = Console(file=io.StringIO(), width=1000, color_system=None)
+    with console.capture() as text:
+        console.print(made)
+    return text.get().rstrip("\n")
