@@ -24,8 +24,8 @@ from metaopt.core.contracts import MetaObjective, evaluate, require_scalar
 from metaopt.core.graphs import entries
 from metaopt.core.hypergradient import accumulate, hypergradient
 from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
-from metaopt.diagnostics.explain import explained
 from metaopt.diagnostics.non_finite import located
+from metaopt.diagnostics.paths.explain import explained
 from metaopt.losses.mean import mean_meta_loss
 from metaopt.losses.pipeline import as_trained
 from metaopt.progress import progress_bar

@@ -18,7 +18,7 @@ from metaopt.core.chain import Chain
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.check import check_hypergradient, num_runs
 from metaopt.diagnostics.check_result import CheckResult
-from metaopt.diagnostics.explain import explain_hypergradient, explained
+from metaopt.diagnostics.paths.explain import explain_hypergradient, explained
 from metaopt.diagnostics.tables import STYLES
 from metaopt.progress import progress_bar
 

@@ -15,9 +15,9 @@ from metaopt.app.inspection import Inspection
 from metaopt.app.tracking import circumstances
 from metaopt.base.errors import ConfigError, MissingPathError
 from metaopt.core.contracts import Estimator
-from metaopt.diagnostics.explain import explained
 from metaopt.diagnostics.fidelity import OWN, compare_estimators, num_calls
 from metaopt.diagnostics.fidelity_result import FidelityResult
+from metaopt.diagnostics.paths.explain import explained
 from metaopt.progress import progress_bar
 from metaopt.trainer import MetaTrainer
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from metaopt.base.errors import MissingPathError
 from metaopt.core import hypergradient as layer
 from metaopt.core.meta_params import AnyMetaParameters
-from metaopt.diagnostics.explain import explained_by_graph
+from metaopt.diagnostics.paths.explain import explained_by_graph
 
 
 def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_graph: bool = False) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from metaopt.core.graphs import signatures
 from metaopt.core.hypergradient import WHERE
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.core.view import FunctionalModel
-from metaopt.diagnostics.cuts import HAND_OVER, Cut, Source
-from metaopt.diagnostics.readings import META_LOSS, Reading, read_chain
+from metaopt.diagnostics.paths.cuts import META_LOSS, Cut, Source
+from metaopt.diagnostics.paths.readings import Reading, read_chain
 
 _UNSEEN = (
     "What the meta-objective cuts is not in this graph, nor what an estimator leaves out by design: "
@@ -117,7 +117,7 @@ def explain_hypergradient(
     paths = tuple(_path(name, readings) for name in named_tensors(meta_params))
     readers: dict[Source, dict[str, None]] = {}
     for reading in readings:
-        known = readers.setdefault(reading.reader, {})
+        known = readers.setdefault(reading.part.reader, {})
         known |= {_named(source): None for source in reading.edges if reading.joins(source)}
     failures = tuple(reading.failure for reading in readings if reading.failure)
     return Explanation(paths, {_named(reader): tuple(names) for reader, names in readers.items()}, failures)
@@ -179,8 +179,8 @@ def _links(readings: Sequence[Reading]) -> dict[Source, list[Source]]:
     links: dict[Source, list[Source]] = {}
     for reading in readings:
         for source in reading.edges:
-            if reading.joins(source) and reading.reader not in links.setdefault(source, []):
-                links[source].append(reading.reader)
+            if reading.joins(source) and reading.part.reader not in links.setdefault(source, []):
+                links[source].append(reading.part.reader)
     return links
 
 
@@ -209,20 +209,19 @@ def _cuts_of(
     """Yield the cuts of one part that keep something from the meta-loss that a meta-parameter reaches."""
     for cut in sorted(reading.cuts, key=lambda cut: (str(cut.key[1]), cut.operation.name)):
         for source in cut.of:
-            joined = reading.reader in (source, *links.get(source, ()))
-            if source not in reached or (not exists and reading.reader in reached):
+            joined = reading.part.reader in (source, *links.get(source, ()))
+            if source not in reached or (not exists and reading.part.reader in reached):
                 continue
-            by_design = cut.intended or cut.operation.kind == "choice" or cut.part == HAND_OVER
-            if exists and (META_LOSS not in _reached(reading.reader, links) or (joined and by_design)):
+            if exists and (META_LOSS not in _reached(reading.part.reader, links) or (joined and cut.by_design)):
                 continue
             yield cut
             break
 
 
 def _dead_end(source: Source, readings: Sequence[Reading]) -> str:
-    touching = [reading for reading in readings if source in reading.touched and reading.reader != source]
+    touching = [reading for reading in readings if source in reading.touched and reading.part.reader != source]
     if touching:
-        listed = ", ".join(_part(reading) for reading in touching)
+        listed = ", ".join(str(reading.part) for reading in touching)
         return (
             f"{_named(source)} is read in {listed}, but no gradient depends on it there; a new nn.Parameter(...) made "
             "of it would be a cut that leaves no trace"
@@ -230,10 +229,6 @@ def _dead_end(source: Source, readings: Sequence[Reading]) -> str:
     if source[0] == "stage":
         return f"no later stage and no meta-objective reads {_named(source)}: take upstream[{source[1]!r}] in a loss"
     return f"nothing of the chain and no meta-objective reads {_named(source)}"
-
-
-def _part(reading: Reading) -> str:
-    return reading.part if reading.stage is None else f"{reading.part} of stage {reading.stage!r}"
 
 
 def _named(source: Source) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,27 +13,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaopt.diagnostics.cuts import (
-    NUMBERS,
-    Cut,
-    Operation,
-    Position,
-    Source,
-    is_flat,
-    is_hard,
-    operation,
-    position,
-    without_grad,
-)
-from metaopt.diagnostics.shaking import shaken
+from metaopt.diagnostics.paths import cuts as catalogue
+from metaopt.diagnostics.paths.cuts import Cut, Operation, Part, Position, Source, gives_number, known, operation
+from metaopt.diagnostics.paths.shaking import shaken
+
+T = TypeVar("T")
+position = functools.partial(catalogue.position, __name__.rpartition(".")[0])
 
 _OF_THE_FIRST = {"to", "type", "type_as", "expand_as", "view_as", "reshape_as"}  # the others only lend shape or dtype
 _WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod")}
 _EACH_ITS_OWN = {"broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"}
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """What a tensor has lost on its way.
 
     `cuts` lie behind its value; `unconnected` if it had no graph when it was marked; `would_carry` is what it would
@@ -51,67 +42,68 @@ _NONE = Mark()
 
 
 class _Read:
-    """What a function reads: the cuts behind its inputs, and the sources whose gradient they carry.
-
-    It is made before the function runs, which may write to its inputs.
-    """
+    """What a function reads; it is made before the function runs, which may write to its inputs."""
 
     def __init__(self, watch: Watch, inputs: list[Tensor]) -> None:
-        self.inputs, self.marks = inputs, [watch._mark(t) for t in inputs]
+        self.inputs, self.marks = inputs, [watch.mark(t) for t in inputs]
         self.live = [(t, t.grad_fn) for t in inputs if t.requires_grad]
         self.matters = bool(self.live) or any(mark is not _NONE for mark in self.marks)
         self._watch = watch
 
     @functools.cached_property
     def cuts(self) -> frozenset[Cut]:
+        """The cuts behind the inputs."""
         return _union(mark.cuts for mark in self.marks)
 
     @functools.cached_property
     def carried(self) -> frozenset[Source]:
-        """Found by a walk through the graph, so only where something is cut."""
+        """The sources whose gradient the inputs carry: a walk through the graph, so only where something is cut."""
         return _union([*(m.would_carry for m in self.marks), *(self._watch.leads_to(*pair) for pair in self.live)])
+
+    @property
+    def carried_if_mended(self) -> frozenset[Source]:
+        """The same, but for `.detach()` before it: of `.detach().argmax()` it would not do to mend one."""
+        mendable = all(cut.operation.kind == "severed" for cut in self.cuts)
+        return self.carried or (_union(cut.of for cut in self.cuts) if mendable else frozenset())
 
 
 class Watch(TorchFunctionMode):
-    """Mark the tensors that torch's functions return while it is active.
+    """Mark the tensors that torch's functions return in what it runs.
 
-    `touched` are the sources that were read, `numbers` the cuts whose values left torch as numbers, both since `over`.
+    `sources` are the leaves that are watched. `touched` has those that were read, `numbers` the cuts whose values left
+    torch as numbers, both by the last part that was run.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._sources: dict[int, tuple[Source, Tensor]] = {}
-        self._marks: Any = WeakIdKeyDictionary()
-        self._aliases: Any = WeakIdKeyDictionary()  # what .data and .detach() return → of what
-        self._part, self._stage, self._without_graph = "", None, False
-        self._stopped_at: Position | None = None
+        self.sources: dict[int, tuple[Source, Tensor]] = {}
         self.numbers: set[Cut] = set()
         self.touched: set[Source] = set()
-        self._shaken: tuple[Any, ...] | None = None
         self.was_shaken = False
+        self._marks: Any = WeakIdKeyDictionary()
+        self._aliases: Any = WeakIdKeyDictionary()  # what .data and .detach() return → of what
+        self._part, self._without_graph = Part(""), False
+        self._stopped_at: Position | None = None
+        self._shaken: tuple[Any, ...] | None = None
 
-    def add_source(self, source: Source, leaves: Mapping[str, Tensor]) -> None:
+    def add_source(self, source: Source, leaves: Iterable[Tensor]) -> None:
         """Watch what is computed from these leaves."""
-        self._sources |= {id(leaf): (source, leaf) for leaf in leaves.values()}
+        self.sources |= {id(leaf): (source, leaf) for leaf in leaves}
 
-    @contextmanager
-    def over(
-        self, part: str, stage: str | None = None, without_graph: bool = False, more: bool = False
-    ) -> Iterator[None]:
-        """Watch inside the block, which is this part of that stage.
+    def run(self, part: Part, function: Callable[[], T], without_graph: bool = False, more: bool = False) -> T:
+        """Return what a function returns that is this part of the chain.
 
         Args:
-            part: in words.
-            stage: None for the meta-objective.
+            part: that cuts are noted with.
+            function: to be watched.
             without_graph: the part has no graph by design, which `close` tells once it is done.
             more: go on with `touched` and `numbers`.
         """
-        self._part, self._stage, self._without_graph = part, stage, without_graph
-        self._stopped_at = None
+        self._part, self._without_graph, self._stopped_at = part, without_graph, None
         if not more:
             self.numbers, self.touched = set(), set()
         with self:
-            yield
+            return function()
 
     @contextmanager
     def shaking(self, cut: Cut) -> Iterator[None]:
@@ -122,6 +114,12 @@ class Watch(TorchFunctionMode):
         finally:
             self._shaken, self.numbers, self.touched = None, numbers, touched
 
+    def mark(self, tensor: Tensor) -> Mark:
+        """Return what a tensor has lost."""
+        mark = self._marks.get(tensor, _NONE)
+        # Inside an autograd.Function nothing has a graph, but what it returns gets one.
+        return _NONE if mark.unconnected and tensor.grad_fn is not None else mark
+
     def sources_of(self, tensor: Any) -> frozenset[Source]:
         """Return what the graph of a tensor leads to."""
         live = isinstance(tensor, Tensor) and tensor.requires_grad
@@ -129,51 +127,43 @@ class Watch(TorchFunctionMode):
 
     def leads_to(self, tensor: Tensor, node: Any) -> frozenset[Source]:
         """Return the sources that a node of the graph leads to; a leaf is its own."""
-        if node is None:
-            return frozenset({self._sources[id(tensor)][0]} if id(tensor) in self._sources else ())
-        seen, stack, found = set(), [node], set()
+        leaves, seen, stack = {id(tensor)}, set(), [node]
         while stack:
             node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in self._sources:
-                found.add(self._sources[id(leaf)][0])
-            stack += [parent for parent, _ in node.next_functions]
-        return frozenset(found)
+            if node is not None and node not in seen:
+                seen.add(node)
+                leaves.add(id(getattr(node, "variable", None)))
+                stack += [parent for parent, _ in node.next_functions]
+        return frozenset(source for leaf, (source, _) in self.sources.items() if leaf in leaves)
 
     def cuts_behind(self, value: Any) -> frozenset[Cut]:
         """Return the cuts behind a value, nested ones included."""
-        return _union(self._mark(t).cuts for t in tensors_in(value))
+        return _union(self.mark(t).cuts for t in tensors_in(value))
 
     def close(self, written: Any) -> None:
         """Count as cut what a part without a graph has written."""
         for tensor in tensors_in(written):
-            mark = self._mark(tensor)
-            of = mark.would_carry | self.sources_of(tensor)
-            if of:
-                cut = self._cut(without_grad(), of, mark.written or Position(None, None, False))
+            mark = self.mark(tensor)
+            if of := mark.would_carry | self.sources_of(tensor):
+                cut = Cut(catalogue.without_grad(), mark.written or Position(), self._part, of)
                 self._marks[tensor] = Mark(mark.cuts | {cut}, True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
         if name == "_set_grad_enabled":
-            if torch.is_grad_enabled() and not args[0]:
-                self._stopped_at = position()
-            elif args[0]:
-                self._stopped_at = None
+            if args[0] or torch.is_grad_enabled():
+                self._stopped_at = None if args[0] else position()
             return func(*args, **kwargs)
         read = _Read(self, _read_by(name, args, kwargs))
         output = func(*args, **kwargs)
         if name in ("data", "detach") and isinstance(output, Tensor):
             self._aliases[output] = args[0]
-        if name in NUMBERS or tensors_in(output):
-            self.touched |= {self._sources[id(t)][0] for t in read.inputs if id(t) in self._sources}
+        if gives_number(name) or tensors_in(output):
+            self.touched |= {self.sources[id(t)][0] for t in read.inputs if id(t) in self.sources}
         if not read.matters:
             return output
-        if name in NUMBERS:
+        if gives_number(name):
             return self._number(name, output, read)
         changed = args[0] if name == "__setitem__" else () if name in _EACH_ITS_OWN else output
         for tensor in tensors_in(changed):
@@ -184,47 +174,53 @@ class Watch(TorchFunctionMode):
                 moved = self._shake(tensor)
                 if not _is_in_place(name):
                     return moved
-                if id(tensor) not in self._sources:
+                if id(tensor) not in self.sources:
                     tensor.data.copy_(moved)
         return output
 
-    def _mark_aliases(self, tensor: Tensor) -> None:
-        """Mark whatever else has the memory that was written; through `.data` no graph comes along."""
-        source = self._aliases.get(tensor)
-        cuts = self._mark(tensor).cuts
-        if source is not None and (of := self.sources_of(tensor)):
-            cuts |= {self._cut(operation("data", tensor), of, position())}
-        for other in (tensor._base, source):
-            if other is not None and cuts:
-                self._marks[other] = Mark(self._mark(other).cuts | cuts, not other.requires_grad)
-
-    def _mark(self, tensor: Tensor) -> Mark:
-        mark = self._marks.get(tensor, _NONE)
-        # Inside an autograd.Function nothing has a graph, but what it returns gets one.
-        return _NONE if mark.unconnected and tensor.grad_fn is not None else mark
+    def _number(self, name: str, output: Any, read: _Read) -> Any:
+        """Note a value that leaves torch."""
+        if not read.carried_if_mended:
+            self.numbers |= read.cuts
+            return output
+        cut = Cut(operation(name, output), position(), self._part, read.carried_if_mended)
+        self.numbers.add(cut)
+        return self._shake(output) if cut.key == self._shaken else output
 
     def _mark_output(self, name: str, output: Tensor, read: _Read) -> Cut | None:
         """Mark what a function returned, and return the cut if it is one."""
         connected = output.requires_grad and (output.grad_fn is not None or any(output is t for t in read.inputs))
         connected = connected and (torch.is_grad_enabled() or not _is_in_place(name))
-        cuts, new = read.cuts, None
-        if not connected or is_flat(name):
-            if read.carried and self._without_graph and _is_real(output) and not is_hard(name):
+        by_itself, new = known(name), None
+        if not connected or (by_itself and by_itself.kind == "stepwise"):
+            real = output.is_floating_point() or output.is_complex()
+            if read.carried and self._without_graph and real and not by_itself:
                 here = position(outermost=True)
                 at = here if here.place else next((m.written for m in read.marks if m.written), here)
-                self._marks[output] = Mark(cuts, True, read.carried, at)
+                self._marks[output] = Mark(read.cuts, True, read.carried, at)
                 return None
-            what, at = self._what_cuts(name, output)
-            of = read.carried
-            if not of and what.kind == "stepwise" and all(cut.operation.kind == "severed" for cut in cuts):
-                of = _union(cut.of for cut in cuts)  # `.detach().argmax()`: to mend one of them would not do
-            new = self._cut(what, of, at) if of else None
-        cuts = cuts | {new} if new else cuts
+            what: Operation = operation(name, output)
+            of = read.carried_if_mended if what.kind == "stepwise" else read.carried
+            if of and (torch.is_grad_enabled() or by_itself or not real or self._without_graph):
+                new = Cut(what, position(), self._part, of)
+            elif of:
+                new = Cut(catalogue.without_grad(), self._stopped_at or position(outermost=True), self._part, of)
+        cuts = read.cuts | {new} if new else read.cuts
         if cuts:
             self._marks[output] = Mark(cuts, not output.requires_grad)
         elif output in self._marks:
             del self._marks[output]
         return new
+
+    def _mark_aliases(self, tensor: Tensor) -> None:
+        """Mark whatever else has the memory that was written; through `.data` no graph comes along."""
+        source = self._aliases.get(tensor)
+        cuts = self.mark(tensor).cuts
+        if source is not None and (of := self.sources_of(tensor)):
+            cuts |= {Cut(operation("data", tensor), position(), self._part, of)}
+        for other in (tensor._base, source):
+            if other is not None and cuts:
+                self._marks[other] = Mark(self.mark(other).cuts | cuts, not other.requires_grad)
 
     def _shake(self, value: Any) -> Any:
         moved = shaken(value)
@@ -235,32 +231,9 @@ class Watch(TorchFunctionMode):
             self.was_shaken |= not np.array_equal(moved, value)
         return moved
 
-    def _what_cuts(self, name: str, output: Tensor) -> tuple[Operation, Position]:
-        if torch.is_grad_enabled() or is_hard(name) or not _is_real(output) or self._without_graph:
-            return operation(name, output), position()
-        return without_grad(), self._stopped_at or position(outermost=True)
-
-    def _number(self, name: str, output: Any, read: _Read) -> Any:
-        of = read.carried
-        if not of and all(cut.operation.kind == "severed" for cut in read.cuts):
-            of = _union(cut.of for cut in read.cuts)
-        if not of:
-            self.numbers |= read.cuts
-            return output
-        cut = self._cut(operation(name, output), of, position())
-        self.numbers.add(cut)
-        return self._shake(output) if cut.key == self._shaken else output
-
-    def _cut(self, what: Operation, of: frozenset[Source], at: Position) -> Cut:
-        return Cut(what, at.place, self._part, self._stage, of, at.inside, at.intended)
-
 
 def _union(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
     return frozenset().union(*sets)
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -1,0 +1,223 @@
+"""What cuts a path of gradient: the operations, where in the user's code they are, and what to write instead."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt.base.telling import BENEATH, LIBRARIES
+from metaopt.core.view import FunctionalModel
+
+Source = tuple[str, str]  # ("meta-parameter" or "stage", its name)
+NO_GRAD = "torch.no_grad()"
+META_LOSS: Source = ("", "meta-loss")
+
+
+class Part(NamedTuple):
+    """A part of the chain that user code is called in: of a stage, or the meta-objective."""
+
+    name: str
+    stage: str | None = None
+
+    @property
+    def reader(self) -> Source:
+        """What depends on what the part reads."""
+        return META_LOSS if self.stage is None else ("stage", self.stage)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is the hand-over, which writes data without a graph."""
+        return self.name == "the hand-over"
+
+    def __str__(self) -> str:
+        return self.name if self.stage is None else f"{self.name} of stage {self.stage!r}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of source code."""
+
+    file: str
+    line: int
+    function: str
+
+    @property
+    def code(self) -> str:
+        """The line itself, as far as its source can be read."""
+        return linecache.getline(self.file, self.line).strip()
+
+    def __str__(self) -> str:
+        relative = os.path.relpath(self.file)
+        return f"{self.file if relative.startswith('..') else relative}:{self.line}, in {self.function}"
+
+
+class Position(NamedTuple):
+    """Where Python is: the user's line, and the library's inside of it; `intended` where this library cuts itself."""
+
+    place: Place | None = None
+    inside: Place | None = None
+    intended: bool = False
+
+
+class Operation(NamedTuple):
+    """What cuts: `severed` takes a value out of the graph, `stepwise` has the derivative 0.
+
+    `choice` is stepwise as well, but only chooses between branches, as a relu does: beside a path it is no loss.
+    """
+
+    name: str
+    kind: Literal["severed", "stepwise", "choice"]
+    instead: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One operation that ends the path of what it is `of`, in a part of the chain."""
+
+    operation: Operation
+    at: Position
+    part: Part
+    of: frozenset[Source]
+
+    @property
+    def place(self) -> Place | None:
+        """The user's line."""
+        return self.at.place
+
+    @property
+    def where(self) -> str:
+        """The part of the chain, in words."""
+        return str(self.part)
+
+    @property
+    def by_design(self) -> bool:
+        """Whether nothing is wrong with it, where another path leads to the same reader."""
+        return self.at.intended or self.operation.kind == "choice" or self.part.writes
+
+    @property
+    def key(self) -> tuple[str, Place | None]:
+        """What tells it from other cuts of the same part."""
+        return self.operation.name, self.at.place or self.at.inside
+
+    def __str__(self) -> str:
+        name, shown = self.key
+        at = f" at {shown}" if shown else ""
+        within = f" (inside it: {self.at.inside})" if self.at.place and self.at.inside else ""
+        code = f"\n    {shown.code}" if shown and shown.code else ""
+        instead = self.operation.instead
+        if self.part.writes:
+            there = "" if name == NO_GRAD else f"; there, {instead}"
+            instead = f"in the stage's loss, from upstream[...]: a hand-over writes without a graph{there}"
+        return f"{name}{at}{within}{code}\n  write instead: {instead}"
+
+
+# --- the operations ---------------------------------------------------------------------------------------------
+
+_GATE = "a smooth gate, torch.sigmoid((a - b) / temperature), if the gradient is to pass here"
+_INTEGERS = "keep the floating values; integers have no derivative: mix rows, probabilities @ table, not table[index]"
+_NUMBER = "the tensor itself: one of a single entry goes wherever a number goes"
+_SMOOTH = "nothing, or a smooth stand-in: its derivative is 0 wherever it has one"
+_SOFT = "soft labels, logits.softmax(-1) (metaopt.Distillation), hidden states, or expected embeddings"
+
+_SEVERING = {
+    "detach": (".detach()", "the tensor without .detach(); a detached copy is for logs"),
+    "detach_": (".detach_()", "the tensor without .detach_()"),
+    "data": (".data", "the tensor without .data"),
+    "tensor": ("torch.tensor(...)", "the tensor itself, or torch.stack([...]) of several: torch.tensor copies values"),
+    "asarray": ("torch.asarray(...)", "the tensor itself"),
+    "new_tensor": (".new_tensor(...)", "the tensor itself: .new_tensor copies values"),
+    "__deepcopy__": ("copy.deepcopy(...)", "the tensor itself, or .clone()"),
+    "grad": ("torch.autograd.grad(...)", "torch.autograd.grad(..., create_graph=True)"),
+}
+_NUMBERS = {
+    "item": ".item()",
+    "tolist": ".tolist()",
+    "numpy": ".numpy()",
+    "__array__": "numpy.asarray(...)",
+    "__float__": "float(...)",
+    "__int__": "int(...)",
+    "__index__": "int(...)",
+    "__complex__": "complex(...)",
+}
+_COMPARISONS = {"eq": "==", "ne": "!=", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "bool": ".bool()"}
+_COMPARISONS |= {"greater": ">", "less": "<"} | {name: name for name in ("isclose", "logical_not", "isfinite")}
+_FLAT = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "normal", "floor_divide", "__floordiv__")
+_CASTS = {"to", "type", "type_as", "long", "int", "short", "byte", "char"}
+_CHOOSING = {"max", "min", "topk", "sort", "argsort", "nonzero", "where", "unique", "searchsorted", "bucketize"}
+
+_KNOWN = {name: Operation(label, "severed", instead) for name, (label, instead) in _SEVERING.items()}
+_KNOWN |= {name: Operation(label, "severed", _NUMBER) for name, label in _NUMBERS.items()}
+_KNOWN |= {name: Operation(f"comparison {sign}", "choice", _GATE) for name, sign in _COMPARISONS.items()}
+_KNOWN |= {name: Operation(name, "stepwise", _SMOOTH) for name in _FLAT}
+_KNOWN |= {name: Operation(name, "stepwise", _SOFT) for name in ("argmax", "argmin", "multinomial", "one_hot")}
+
+
+def known(name: str) -> Operation | None:
+    """Return what a torch function of this name cuts by itself, whatever its input; None if it need not."""
+    return _KNOWN.get(name) or (None if name.startswith("__") else _KNOWN.get(name.rstrip("_")))
+
+
+def gives_number(name: str) -> bool:
+    """Return whether a value leaves torch by a function of this name."""
+    return name in _NUMBERS
+
+
+def operation(name: str, output: Any) -> Operation:
+    """Return what a torch function is that gave this output without a gradient."""
+    if found := known(name):
+        return found
+    if isinstance(output, Tensor) and not (output.is_floating_point() or output.is_complex()):
+        if name in _CASTS:
+            return Operation("integer cast", "stepwise", _INTEGERS)
+        return Operation(name, "choice" if name in _CHOOSING else "stepwise", _INTEGERS)
+    return Operation(name, "severed", "an operation that keeps the graph: this one returns a tensor without it")
+
+
+def without_grad() -> Operation:
+    """Return what keeps torch from building a graph just now."""
+    name = "torch.inference_mode()" if torch.is_inference_mode_enabled() else NO_GRAD
+    return Operation(name, "severed", "the same outside of it, as far as its result is used")
+
+
+# --- where ------------------------------------------------------------------------------------------------------
+
+
+def position(boundary: str, outermost: bool = False) -> Position:
+    """Return the innermost line of user code above the torch call in hand, or the outermost one.
+
+    Args:
+        boundary: the package that watches: its frames lie below the torch call, and above the part that it runs.
+        outermost: which line.
+    """
+    frame: Any = sys._getframe(1)
+    while _module(frame).startswith(boundary):
+        frame = frame.f_back
+    user, library, on_request = None, None, False
+    while frame is not None and not _module(frame).startswith(boundary):
+        top = _module(frame).partition(".")[0]
+        if top not in LIBRARIES:
+            user = frame
+            if not outermost:
+                break
+        elif user is None and top not in BENEATH:
+            library = library or frame
+            # The one cut of this library that a user asks for.
+            on_request = on_request or frame.f_code is FunctionalModel.detach.__code__
+        frame = frame.f_back
+    if library is None or (on_request and user):
+        return Position(_place(user))
+    return Position(_place(user), _place(library), _module(library).startswith("metaopt."))
+
+
+def _module(frame: Any) -> str:
+    return frame.f_globals.get("__name__") or ""
+
+
+def _place(frame: Any) -> Place | None:
+    return None if frame is None else Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
