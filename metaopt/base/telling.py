@@ -50,12 +50,13 @@ def _hint(error: Exception) -> str:
 
 def _own_lines(trace: TracebackType | None) -> list[str]:
     """Return the lines of a traceback that are no library's, outermost first."""
-    frames = [(frame, line) for frame, line in traceback.walk_tb(trace) if not _is_library(frame)]
+    frames = [(frame, line) for frame, line in traceback.walk_tb(trace) if not is_library(frame)]
     shown = [traceback.FrameSummary(f.f_code.co_filename, line, f.f_code.co_name) for f, line in frames]
     return [f"  {_relative(f.filename)}:{f.lineno}, in {f.name}: {f.line}" for f in shown]
 
 
-def _is_library(frame: FrameType) -> bool:
+def is_library(frame: FrameType) -> bool:
+    """Return whether a call is of a library, or of this one."""
     return (frame.f_globals.get("__name__") or "").partition(".")[0] in LIBRARIES
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import metaopt
 from metaopt.base.errors import ConfigError, MetaoptError, StageError, did_you_mean
 from metaopt.base.random_state import seeded
+from metaopt.base.telling import is_library
 from metaopt.core.chain import Chain
 from metaopt.core.contracts import MetaObjective
+from metaopt.core.guards import moved_buffers
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.backward import hypergradient
 from metaopt.diagnostics.check_result import CheckResult, CheckRow
-from metaopt.diagnostics.differences import NUM_NOISE_RUNS, Pipeline, Sweep, check_steps, sweep
+from metaopt.diagnostics.differences import NUM_NOISE_RUNS, Pipeline, check_steps, sweep
 from metaopt.diagnostics.precision import AllInFloat64, Watch
 
 STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -64,8 +64,8 @@ def check_hypergradient(
     """
     check_steps(steps)
     watch = Watch()
-    with AllInFloat64() if all_in_float64 else nullcontext(), _explained(watch):
-        pipeline = Pipeline(chain, objective, batch, meta_params, seed, on_run)
+    with AllInFloat64() if all_in_float64 else nullcontext(), explained_dtypes(watch):
+        pipeline = Pipeline(chain, objective, batch, meta_params, seed, on_run).in_float64()
         directions = _directions(named_tensors(pipeline.meta_params), num_directions, coordinates or {}, seed)
         with watch:
             trained, loss = pipeline.run()
@@ -76,14 +76,29 @@ def check_hypergradient(
         for name, label, direction in directions:
             ends = pipeline.along(name, direction, [sign * h for h in steps for sign in (1, -1)])
             slope = float((gradient[name] * direction).sum())
-            row = _row(slope, sweep(ends, here, steps, noise), steps)
-            rows.append(CheckRow(name, label, **row, tolerance=tolerance, biased=bool(biases)))
+            found = sweep(ends, here, steps, noise)
+            reached = slope != 0.0 or any(found.slopes)  # an entry that no batch holds agrees on zero
+            rows.append(
+                CheckRow(
+                    name,
+                    label,
+                    slope,
+                    found.slopes[found.best],
+                    found.uncertainty if reached else 0.0,
+                    step=steps[found.best],
+                    tolerance=tolerance,
+                    rounding=found.rounding,
+                    jump=found.jump,
+                    biased=bool(biases),
+                    sweep=tuple(zip(steps, found.slopes, strict=True)),
+                )
+            )
         keepers = pipeline.keepers(first, towards, max(steps), noise)
     return CheckResult(
         rows=tuple(rows),
         meta_loss=float(loss.detach()),
         gradient=gradient,
-        moved=pipeline.moved_buffers(trained),
+        moved=tuple(f"{stage}.{buffer}" for stage, model in trained.items() for buffer in moved_buffers(model)),
         plain_loss=here,
         noise=noise,
         casts=watch.casts,
@@ -92,19 +107,6 @@ def check_hypergradient(
         inexact=pipeline.inexact,
         keepers=keepers,
     )
-
-
-def _row(slope: float, found: Sweep, steps: Sequence[float]) -> dict[str, Any]:
-    reached = slope != 0.0 or any(found.slopes)  # an entry that no batch holds agrees on zero
-    return {
-        "hypergradient": slope,
-        "difference": found.slopes[found.best],
-        "uncertainty": found.uncertainty if reached else 0.0,
-        "step": steps[found.best],
-        "rounding": found.rounding,
-        "jump": found.jump,
-        "sweep": tuple(zip(steps, found.slopes, strict=True)),
-    }
 
 
 def num_runs(
@@ -147,26 +149,22 @@ def _directions(
     return found
 
 
-_MIXED = re.compile(r"(?is)\bdouble\b.*\bfloat\b|\bfloat\b.*\bdouble\b")
-_IN_PLACE = re.compile(r"(?i)in-?place")
-
-
 @contextmanager
-def _explained(watch: Watch) -> Iterator[None]:
+def explained_dtypes(watch: Watch) -> Iterator[None]:
     """Say what to do where a plug-in's own float32 tensor meets a float64 copy, or where it updates one in place."""
     try:
         yield
+    except MetaoptError:
+        raise
     except RuntimeError as error:
         text = re.split(r"\. |\n", str(error))[0]
-        if isinstance(error, MetaoptError):
-            raise
-        if _IN_PLACE.search(text):
+        if re.search(r"(?i)in-?place", text):
             places = ", ".join(watch.in_place) or f"something before {_where(error)}"
             raise StageError(
                 f"{places} updates in place what the graph still needs ({text}). Make a new tensor instead of "
                 "p.mul_(...), p += ... or p[...] = ...; weight decay is the optimizer's, clipping the transform's"
             ) from error
-        if _MIXED.search(text):
+        if re.search(r"(?i)\bdouble\b.*\bfloat\b|\bfloat\b.*\bdouble\b", text):
             raise StageError(
                 f"{_where(error)}: {text}. The check runs float64 copies of models, meta-parameters and batches, and "
                 "this stayed as it was. Cast a plug-in's own tensors where they are used (table.to(logits.dtype)), or "
@@ -178,7 +176,6 @@ def _explained(watch: Watch) -> Iterator[None]:
 
 def _where(error: BaseException) -> str:
     """Say where in the user's files an error comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = ("site-packages", f"{Path(metaopt.__file__).parent}{os.sep}")
-    users = [f for f in frames if not any(part in f.filename for part in libraries)] or frames
-    return f"{Path(users[-1].filename).name}, line {users[-1].lineno}"
+    frames = list(traceback.walk_tb(error.__traceback__))
+    frame, line = next((pair for pair in reversed(frames) if not is_library(pair[0])), frames[-1])
+    return f"{Path(frame.f_code.co_filename).name}, line {line}"

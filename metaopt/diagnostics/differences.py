@@ -7,8 +7,7 @@ import itertools
 import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,54 +16,67 @@ from torch import Tensor, nn
 from metaopt.base.errors import ConfigError
 from metaopt.base.random_state import seeded
 from metaopt.core.chain import Chain, TrainedChain
-from metaopt.core.contracts import MetaObjective, evaluate
-from metaopt.core.guards import moved_buffers
+from metaopt.core.contracts import Estimator, evaluate
 from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
 
 NUM_NOISE_RUNS = 9  # of `Pipeline.noise`
 _FINE, _COARSE = 1e-6, 1e-4  # spacings
 
 
+@dataclass
 class Pipeline:
-    """The meta-loss of the whole pipeline, on float64 copies, as a function of the meta-parameters.
+    """The meta-loss of the whole pipeline as a function of the meta-parameters; nothing of it moves.
 
-    Args:
-        chain, objective, batch, meta_params: as in a meta-step; copied.
-        seed: of the random state in which the objective is evaluated.
-        on_run: called after every run of the pipeline.
+    `seed` is of the random state in which the objective is evaluated; `on_run` is called after every run.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        objective: MetaObjective,
-        batch: Any,
-        meta_params: AnyMetaParameters,
-        seed: int,
-        on_run: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._chain, self._objective, self._seed, self._on_run = chain.twin(torch.float64), objective, seed, on_run
+    chain: Chain
+    objective: Any
+    batch: Any
+    meta_params: AnyMetaParameters
+    seed: int = 0
+    on_run: Callable[[], object] = lambda: None
+    unused: dict[str, Any] = field(default_factory=dict)  # plug-ins that may keep something, as copied at the start
+
+    def in_float64(self) -> Pipeline:
+        """Return the same of float64 copies."""
+        chain, objective = self.chain.twin(torch.float64), self.objective
         if isinstance(objective, nn.Module):
-            self._objective = copy.deepcopy(objective).double()
-        as_named(meta_params)  # refuses a tensor that cannot be copied
-        self.meta_params = copy.deepcopy(meta_params)
-        for module in as_named(self.meta_params).values():
+            objective = copy.deepcopy(objective).double()
+        as_named(self.meta_params)  # refuses a tensor that cannot be copied
+        meta_params = copy.deepcopy(self.meta_params)
+        for module in as_named(meta_params).values():
             module.double()
-        self._batch = self._chain.move(batch)
-        self._slots = {"objective": (self, "_objective")} | {
-            f"{name}.{slot}": (stage, slot)
-            for name, stage in self._chain.stages.items()
-            for slot in ("loss", "transform", "overrides", "initial")
-        }
-        self._unused = {slot: _copy_of(part) for slot, part in self.plug_ins.items()}
-        for slot, part in self._unused.items():  # so that the user's own do not keep something of these runs
-            if part is not None:
-                setattr(*self._slots[slot], copy.deepcopy(part))
+        made = replace(self, chain=chain, objective=objective, batch=chain.move(self.batch), meta_params=meta_params)
+        copies = {slot: _copy_of(part) for slot, part in made.plug_ins.items()}
+        made.unused = {slot: part for slot, part in copies.items() if part is not None}
+        made.plug(copy.deepcopy(made.unused))  # so that the user's own do not keep something of these runs
+        return made
+
+    def by(self, estimator: Estimator | None) -> Pipeline:
+        """Return the same with all stages differentiated by this estimator; None for their own."""
+        if estimator is None:
+            return self
+        stages = {name: copy.copy(stage) for name, stage in self.chain.stages.items()}
+        for stage in stages.values():
+            stage.estimator = estimator
+        return replace(self, chain=Chain(**stages))
+
+    @property
+    def _slots(self) -> dict[str, tuple[Any, str]]:
+        stages, slots = self.chain.stages.items(), ("loss", "transform", "overrides", "initial")
+        of_stages = {f"{name}.{slot}": (stage, slot) for name, stage in stages for slot in slots}
+        return {"objective": (self, "objective"), **of_stages}
 
     @property
     def plug_ins(self) -> dict[str, Any]:
         """The objective and what each stage calls, by where they are."""
         return {slot: getattr(holder, attribute) for slot, (holder, attribute) in self._slots.items()}
+
+    def plug(self, parts: Mapping[str, Any]) -> None:
+        """Put plug-ins where they belong."""
+        for slot, part in parts.items():
+            setattr(*self._slots[slot], part)
 
     @property
     def biases(self) -> tuple[str, ...]:
@@ -74,25 +86,16 @@ class Pipeline:
     @property
     def inexact(self) -> tuple[str, ...]:
         """The estimators that approximate, and whose they are."""
-        stages = self._chain.stages.items()
+        stages = self.chain.stages.items()
         return tuple(f"{stage.estimator!r} of stage {name!r}" for name, stage in stages if not stage.estimator.exact)
 
     def run(self) -> tuple[TrainedChain, Tensor]:
         """Return the trained models and the meta-loss, in the graph where there is one."""
-        with seeded(self._seed):  # an objective in train mode would draw new dropout masks at every call
-            trained = self._chain.unroll(self.meta_params)
-            loss = evaluate(self._objective, trained, self._batch, self.meta_params)
-        self._on_run()
+        with seeded(self.seed):  # an objective in train mode would draw new dropout masks at every call
+            trained = self.chain.unroll(self.meta_params)
+            loss = evaluate(self.objective, trained, self.batch, self.meta_params)
+        self.on_run()
         return trained, loss
-
-    @contextmanager
-    def _uncounted(self) -> Iterator[None]:
-        """Let runs that are not always taken go unreported: a progress bar does not expect them."""
-        on_run, self._on_run = self._on_run, lambda: None
-        try:
-            yield
-        finally:
-            self._on_run = on_run
 
     @torch.no_grad()
     def along(self, name: str, direction: Tensor, offsets: Sequence[float]) -> list[float]:
@@ -107,6 +110,10 @@ class Pipeline:
             tensor.copy_(before)
         return values
 
+    def _quiet(self) -> Pipeline:
+        """Return the same for runs that are not always taken: a progress bar does not expect them."""
+        return replace(self, on_run=lambda: None)
+
     def noise(self, name: str, direction: Tensor) -> tuple[float, float]:
         """Return the meta-loss here, and what noise may change in it (as `noise_of`).
 
@@ -116,34 +123,26 @@ class Pipeline:
         values = self.along(name, direction, [_FINE * k for k in range(NUM_NOISE_RUNS)])
         here, flat = values[0], sum(a == b for a, b in itertools.pairwise(values))
         if flat >= NUM_NOISE_RUNS // 2:
-            with self._uncounted():
-                values = self.along(name, direction, [_COARSE * k for k in range(NUM_NOISE_RUNS)])
+            values = self._quiet().along(name, direction, [_COARSE * k for k in range(NUM_NOISE_RUNS)])
         return here, noise_of(values)
 
     def keepers(self, name: str, direction: Tensor, offset: float, noise: float) -> tuple[str, ...]:
         """Name the plug-ins that answer otherwise than a copy of them that was never called: they keep something."""
+        quiet = self._quiet()
+        used = quiet.plug_ins
 
         def answer(slots: Iterable[str]) -> float:
-            used = self.plug_ins
+            quiet.plug({slot: copy.deepcopy(self.unused[slot]) for slot in slots})
             try:
-                for slot in slots:
-                    setattr(*self._slots[slot], copy.deepcopy(self._unused[slot]))
-                return self.along(name, direction, [offset])[0]
+                return quiet.along(name, direction, [offset])[0]
             finally:
-                for slot in slots:
-                    setattr(*self._slots[slot], used[slot])
+                quiet.plug(used)
 
-        candidates = [slot for slot, part in self._unused.items() if part is not None]
-        with self._uncounted():
-            expected = answer([])
-            if not candidates or abs(answer(candidates) - expected) <= 10 * noise:
-                return ()
-            guilty = [slot for slot in candidates if abs(answer([slot]) - expected) > 10 * noise]
-        return tuple(f"{slot} ({type(self._unused[slot]).__name__})" for slot in guilty or candidates)
-
-    def moved_buffers(self, trained: TrainedChain) -> tuple[str, ...]:
-        """Name the floating buffers that training has changed."""
-        return tuple(f"{stage}.{name}" for stage, model in trained.items() for name in moved_buffers(model))
+        expected = answer(())
+        if not self.unused or abs(answer(self.unused) - expected) <= 10 * noise:
+            return ()
+        guilty = [slot for slot in self.unused if abs(answer([slot]) - expected) > 10 * noise]
+        return tuple(f"{slot} ({type(self.unused[slot]).__name__})" for slot in guilty or self.unused)
 
 
 def _biases(parts: Iterable[Any], depth: int = 4) -> Iterator[str]:

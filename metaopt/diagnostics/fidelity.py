@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError, MissingPathError, StageError
-from metaopt.base.random_state import seeded
 from metaopt.base.ranges import check_counts
 from metaopt.core.chain import Chain
-from metaopt.core.contracts import Estimator, MetaObjective, Upstream, evaluate
+from metaopt.core.contracts import Estimator, MetaObjective, Upstream
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.unrolled import Unrolled
 from metaopt.diagnostics.backward import hypergradient
-from metaopt.diagnostics.check import _explained
+from metaopt.diagnostics.check import explained_dtypes
 from metaopt.diagnostics.differences import Pipeline
 from metaopt.diagnostics.fidelity_result import Cost, Deviation, FidelityResult, FidelityRow
 from metaopt.diagnostics.meters import count_flops, peak_bytes
@@ -33,7 +31,7 @@ from metaopt.estimators.checkpointed import Checkpointed, Truncated
 from metaopt.estimators.products.base import Product
 from metaopt.estimators.products.finite_difference import FiniteDifference
 
-OWN, PLAIN = "as configured", ""  # the chain's own estimators; training without one
+OWN, PLAIN = "as configured", "(plain training)"  # the chain's own estimators; training without one
 T = TypeVar("T")
 
 
@@ -74,25 +72,36 @@ def compare_estimators(
     check_counts("compare_estimators", num_runs=num_runs, num_points=num_points)
     if num_points > 1 and advance is None:
         raise ConfigError(f"compare_estimators: num_points={num_points} needs advance=..., which takes meta-steps")
-    step = _MetaStep(chain, objective, chain.move(batch), meta_params, seed)
-    comparison = _Comparison(estimators, on_run)
-    notes: tuple[str, ...] = ()
+    for name, given in estimators.items():
+        if not isinstance(given, Estimator):
+            kind = type(given).__name__
+            raise ConfigError(f"compare_estimators: {name!r} is a {kind}, not an Estimator such as Truncated(5)")
+    like = next(iter(chain.stages.values())).like
+    step = Pipeline(chain, objective, chain.move(batch), meta_params, seed)
+    methods = [_Measured(name, given, on_run) for name, given in {**estimators, OWN: None}.items()]
+    notes: list[str] = []
     for point in range(num_points):
         if point and advance is not None:
             step = replace(step, batch=chain.move(advance()))
-        notes = comparison.add_point(step)
-    plain, costs = comparison.costs(step, num_runs)
-    like = next(iter(chain.stages.values())).like
+        copies = step.in_float64()
+        exact, notes = _exact(copies)
+        on_run()
+        for method in methods:
+            method.compare(method.in_float64, copies, exact)
+        for method in methods:
+            method.compare(method.in_run, step, exact)
+    plain = _Measured(PLAIN, None, on_run)
+    _measure_costs(plain, methods, step, num_runs, like.device)
     return FidelityResult(
-        rows=tuple(comparison.row(name, costs.get(name), chain) for name in comparison.estimators),
-        plain=plain,
+        rows=tuple(method.row(chain, plain) for method in methods),
+        plain=plain.cost(plain),
         dtype=str(like.dtype).removeprefix("torch."),
         place=_place(like.device),
         num_steps={name: stage.num_steps for name, stage in chain.stages.items()},
         num_points=num_points,
         num_runs=num_runs,
-        warnings=tuple(comparison.warnings.values()),
-        notes=notes,
+        warnings=tuple(text for method in (plain, *methods) for text in method.warnings.values()),
+        notes=tuple(notes),
     )
 
 
@@ -125,162 +134,128 @@ class TruncatedShare(Truncated):
         return self._sweep(loop, meta_params, upstream, first=loop.num_steps - last)
 
 
-@dataclass(frozen=True)
-class _MetaStep:
-    """One meta-step up to its hypergradient: it can be taken again and again, since nothing moves."""
+def _entries(step: Pipeline) -> Tensor:
+    """Return all entries of a hypergradient, in float64."""
+    found = hypergradient(step.run()[1], step.meta_params).values()
+    return torch.cat([(g.to_dense() if g.is_sparse else g).flatten().double() for g in found])
 
-    chain: Chain
-    objective: MetaObjective
-    batch: Any
-    meta_params: AnyMetaParameters
-    seed: int
 
-    def by(self, estimator: Estimator | None) -> _MetaStep:
-        """Return the same meta-step, all stages differentiated by this estimator; None for their own."""
-        if estimator is None:
-            return self
-        stages = {name: copy.copy(stage) for name, stage in self.chain.stages.items()}
-        for stage in stages.values():
-            stage.estimator = estimator
-        return replace(self, chain=Chain(**stages))
+def _exact(copies: Pipeline) -> tuple[Tensor, list[str]]:
+    """Return the exact hypergradient (its stand-in, where nothing can be differentiated twice), and notes on it."""
+    failures: list[Exception] = []
+    with explained_dtypes(Watch()):
+        for estimator in (Checkpointed(), Unrolled(), Checkpointed(FiniteDifference())):
+            try:
+                found = _entries(copies.by(estimator))
+                break
+            except RuntimeError as error:
+                failures.append(error)
+        else:
+            raise failures[0]
+    if not bool(found.any()):
+        raise StageError(
+            "the exact hypergradient is 0 here, so no estimator can be told from another; measure at a later point "
+            "of the training (fidelity.warmup_steps=100), or look for the cause with metaopt-check"
+        )
+    notes = []
+    if copies.biases:
+        notes.append(f"the exact hypergradient is itself an estimate by design: {'; '.join(copies.biases)}")
+    if not estimator.exact:
+        notes.append(f"errors are against {estimator!r} in float64, since the exact estimators fail")
+    if found.numel() == 1:
+        notes.append("a single number is learned, so a cosine is no more than a sign: go by the relative error")
+    return found, notes
 
-    def in_float64(self) -> tuple[_MetaStep, tuple[str, ...]]:
-        """Return the same meta-step of copies in float64, and a note if its gradient is an estimate by design."""
-        copies = Pipeline(self.chain, self.objective, self.batch, self.meta_params, self.seed)
-        step = _MetaStep(copies._chain, copies._objective, copies._batch, copies.meta_params, self.seed)
-        notes = f"the exact hypergradient is itself an estimate by design: {'; '.join(copies.biases)}"
-        return step, (notes,) if copies.biases else ()
 
-    def hypergradient(self) -> Tensor:
-        """Return all entries of the hypergradient, in float64."""
-        with seeded(self.seed):
-            trained = self.chain.unroll(self.meta_params)
-            loss = evaluate(self.objective, trained, self.batch, self.meta_params)
-        found = hypergradient(loss, self.meta_params).values()
-        return torch.cat([(g.to_dense() if g.is_sparse else g).flatten().double() for g in found])
-
-    def exact(self) -> tuple[Tensor, tuple[str, ...]]:
-        """Return the exact hypergradient (its stand-in, where nothing can be differentiated twice), and notes on it."""
-        failures: list[Exception] = []
-        with _explained(Watch()):
-            for estimator in (Checkpointed(), Unrolled(), Checkpointed(FiniteDifference())):
-                try:
-                    found = self.by(estimator).hypergradient()
-                    break
-                except RuntimeError as error:
-                    failures.append(error)
-            else:
-                raise failures[0]
-        if not bool(found.any()):
-            raise StageError(
-                "the exact hypergradient is 0 here, so no estimator can be told from another; measure at a later point "
-                "of the training (fidelity.warmup_steps=100), or look for the cause with metaopt-check"
-            )
-        notes = []
-        if not estimator.exact:
-            notes.append(f"errors are against {estimator!r} in float64, since the exact estimators fail")
-        if found.numel() == 1:
-            notes.append("a single number is learned, so a cosine is no more than a sign: go by the relative error")
-        return found, tuple(notes)
+def _measure_costs(
+    plain: _Measured, methods: list[_Measured], step: Pipeline, num_runs: int, device: torch.device
+) -> None:
+    """Measure plain training and each estimator: flops, peak, and seconds in turns."""
 
     @torch.no_grad()
-    def train(self) -> None:
-        """Train all stages without a graph."""
-        self.chain.unroll(self.meta_params)
+    def train() -> None:
+        step.chain.unroll(step.meta_params)
+
+    tasks: list[tuple[_Measured, Callable[[], object]]] = [(plain, train)]
+    tasks += [(method, functools.partial(_entries, step.by(method.estimator))) for method in methods]
+    train()
+    for method, task in tasks:
+        method.flops = method.attempt(lambda task=task: count_flops(task)) or 0
+    for method, task in tasks:
+        method.peak = method.attempt(lambda task=task: peak_bytes(task, device)) or 0
+    for _ in range(num_runs):
+        for method, task in tasks:
+            taken = method.attempt(lambda task=task: _seconds(task, device))
+            if taken is not None:
+                method.seconds.append(taken)
 
 
-class _Comparison:
-    """The measurements so far: deviations by name, failures and warnings."""
+@dataclass
+class _Measured:
+    """What was found of one estimator so far (None: the chain's own); after its first failure nothing more is."""
 
-    def __init__(self, estimators: Mapping[str, Estimator], on_run: Callable[[], object]) -> None:
-        for name, given in estimators.items():
-            if not isinstance(given, Estimator):
-                kind = type(given).__name__
-                raise ConfigError(f"compare_estimators: {name!r} is a {kind}, not an Estimator such as Truncated(5)")
-        self.estimators: dict[str, Estimator | None] = {**estimators, OWN: None}
-        self.warnings: dict[tuple[str, str], str] = {}
-        self._on_run = on_run
-        self._failures: dict[str, str] = {}
-        self._found: dict[tuple[str, str], list[Deviation]] = {}
+    name: str
+    estimator: Estimator | None
+    on_run: Callable[[], object]
+    in_float64: list[Deviation] = field(default_factory=list)
+    in_run: list[Deviation] = field(default_factory=list)
+    failure: str = ""
+    warnings: dict[str, str] = field(default_factory=dict)
+    flops: int = 0
+    peak: int = 0
+    seconds: list[float] = field(default_factory=list)
 
-    def add_point(self, step: _MetaStep) -> tuple[str, ...]:
-        """Measure errors at this point of the training; return notes on what they are measured against."""
-        copies, biases = step.in_float64()
-        exact, notes = copies.exact()
-        self._on_run()
-        for where, one in (("in_float64", copies), ("in_run", step)):
-            for name, estimator in self.estimators.items():
-                found = self._attempt(name, lambda e=estimator, s=one: s.by(e).hypergradient())
-                if found is not None:
-                    self._found.setdefault((name, where), []).append(_deviation(found, exact))
-        return *biases, *notes
+    def compare(self, found: list[Deviation], step: Pipeline, exact: Tensor) -> None:
+        """Add how far the hypergradient of a meta-step is from the exact one."""
+        entries = self.attempt(lambda: _entries(step.by(self.estimator)))
+        if entries is not None:
+            size = float(entries.norm() * exact.norm())
+            cosine = float(entries @ exact) / size if size else 0.0
+            found.append(Deviation(cosine, float((entries - exact).norm() / exact.norm())))
 
-    def costs(self, step: _MetaStep, num_runs: int) -> tuple[Cost, dict[str, Cost]]:
-        """Return the cost of plain training, and of each estimator that does not fail."""
-        device = next(iter(step.chain.stages.values())).like.device
-        tasks: dict[str, Callable[[], object]] = {PLAIN: step.train}
-        tasks |= {name: step.by(estimator).hypergradient for name, estimator in self.estimators.items()}
-        step.train()
-        flops = {name: self._attempt(name, lambda t=task: count_flops(t)) for name, task in tasks.items()}
-        peaks = {name: self._attempt(name, lambda t=task: peak_bytes(t, device)) for name, task in tasks.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in tasks}
-        for _ in range(num_runs):
-            for name, task in tasks.items():
-                taken = self._attempt(name, lambda t=task: _seconds(t, device))
-                seconds[name].append(float("nan") if taken is None else taken)
-        costs = {}
-        for name in tasks:
-            ratios = [own / plain for own, plain in zip(seconds[name], seconds[PLAIN], strict=True)]
-            count, peak, plain = flops[name], peaks[name], flops[PLAIN]
-            if name not in self._failures and count is not None and peak is not None:
-                ratio = count / plain if plain else None
-                costs[name] = Cost(statistics.median(seconds[name]), statistics.median(ratios), peak, ratio)
-        return costs.pop(PLAIN), costs
-
-    def row(self, name: str, cost: Cost | None, chain: Chain) -> FidelityRow:
-        """Return what was found of one estimator; None in `estimators` stands for the chain's own."""
-        given = self.estimators[name]
-        used = [given] if given is not None else [stage.estimator for stage in chain.stages.values()]
-        return FidelityRow(
-            name,
-            ", ".join(dict.fromkeys(map(repr, used))),
-            all(estimator.exact for estimator in used),
-            *(Deviation.mean(self._found.get((name, where), [])) for where in ("in_float64", "in_run")),
-            cost=cost,
-            failure=self._failures.get(name, ""),
-        )
-
-    def _attempt(self, name: str, fn: Callable[[], T]) -> T | None:
-        """Run a measurement unless this estimator has failed before; keep its error and its warnings."""
+    def attempt(self, fn: Callable[[], T]) -> T | None:
+        """Run a measurement unless one has failed before; keep its error, and what it warns of, once."""
         try:
-            with self._noting(name):
-                return None if name in self._failures else fn()
+            if self.failure:
+                return None
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", RuntimeWarning)
+                found = fn()
+            for warning in caught:
+                text = str(warning.message)
+                if issubclass(warning.category, RuntimeWarning):
+                    self.warnings.setdefault(re.sub(r"[-+.e\d]+", "", text), f"{self.name}: {text}")
+                else:
+                    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            return found
         except Exception as error:  # an estimator of the user's may raise anything; the others are measured still
-            if name == PLAIN:
+            if self.name == PLAIN:
                 raise
-            self._failures[name] = _reason(error)
+            text = (str(error).strip().splitlines() or [""])[0]
+            text = text.split(". ")[0] if isinstance(error, MissingPathError) else text
+            self.failure = f"{type(error).__name__}: {text}"
             return None
         finally:
-            self._on_run()
+            self.on_run()
 
-    @contextmanager
-    def _noting(self, name: str) -> Iterator[None]:
-        """Keep what an estimator warns of, once; other warnings go on to where they go."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", RuntimeWarning)
-            yield
-        for warning in caught:
-            text = str(warning.message)
-            if issubclass(warning.category, RuntimeWarning):
-                self.warnings.setdefault((name, re.sub(r"[-+.e\d]+", "", text)), f"{name}: {text}")
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    def cost(self, plain: _Measured) -> Cost:
+        """Return what it costs beside plain training."""
+        ratios = [own / other for own, other in zip(self.seconds, plain.seconds, strict=True)]
+        flops = self.flops / plain.flops if plain.flops else None
+        return Cost(statistics.median(self.seconds), statistics.median(ratios), self.peak, flops)
 
-
-def _deviation(found: Tensor, exact: Tensor) -> Deviation:
-    size = float(found.norm() * exact.norm())
-    cosine = float(found @ exact) / size if size else 0.0
-    return Deviation(cosine, float((found - exact).norm() / exact.norm()))
+    def row(self, chain: Chain, plain: _Measured) -> FidelityRow:
+        """Return what was found."""
+        used = [stage.estimator for stage in chain.stages.values()] if self.estimator is None else [self.estimator]
+        return FidelityRow(
+            self.name,
+            ", ".join(dict.fromkeys(map(repr, used))),
+            all(estimator.exact for estimator in used),
+            Deviation.mean(self.in_float64),
+            Deviation.mean(self.in_run),
+            None if self.failure else self.cost(plain),
+            self.failure,
+        )
 
 
 def _seconds(fn: Callable[[], object], device: torch.device) -> float:
@@ -296,8 +271,3 @@ def _place(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{device.type}, {threads} thread{'s' * (threads > 1)}"
-
-
-def _reason(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text.split('. ')[0] if isinstance(error, MissingPathError) else text}"
