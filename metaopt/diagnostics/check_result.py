@@ -135,33 +135,19 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The outcome of a check; prints as a table.
+    """The outcome of a check; prints as a table."""
 
-    Args:
-        rows: one per direction.
-        meta_loss: as the hypergradient's own run had it.
-        gradient: the hypergradient, by name.
-        moved: buffers that training moves: running statistics.
-        plain_loss: the meta-loss of the same training without a graph.
-        noise: of the meta-loss.
-        casts: places that take float64 tensors to a lower precision.
-        biases: why some plug-in's gradient is no derivative, as it says itself (`biased_because`).
-        in_place: places that update a tensor of the graph behind its back.
-        inexact: estimators that approximate.
-        keepers: plug-ins whose answer depends on earlier calls.
-    """
-
-    rows: tuple[CheckRow, ...]
-    meta_loss: float
-    gradient: dict[str, Tensor]
-    moved: tuple[str, ...] = ()
-    plain_loss: float | None = None
-    noise: float = 0.0
-    casts: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
-    keepers: tuple[str, ...] = ()
-    in_place: tuple[str, ...] = ()
-    inexact: tuple[str, ...] = ()
+    rows: tuple[CheckRow, ...]  # one per direction
+    meta_loss: float  # as the hypergradient's own run had it
+    gradient: dict[str, Tensor]  # the hypergradient, by name
+    moved: tuple[str, ...] = ()  # buffers that training moves: running statistics
+    plain_loss: float | None = None  # the meta-loss of the same training without a graph
+    noise: float = 0.0  # of the meta-loss
+    casts: tuple[str, ...] = ()  # places that take float64 tensors to a lower precision
+    biases: tuple[str, ...] = ()  # why some plug-in's gradient is no derivative, as it says (`biased_because`)
+    keepers: tuple[str, ...] = ()  # plug-ins whose answer depends on earlier calls
+    in_place: tuple[str, ...] = ()  # places that update a tensor of the graph behind its back
+    inexact: tuple[str, ...] = ()  # estimators that approximate
 
     @property
     def verdict(self) -> Verdict:

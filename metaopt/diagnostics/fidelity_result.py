@@ -99,29 +99,17 @@ class FidelityRow:
 
 @dataclass(frozen=True)
 class FidelityResult:
-    """Estimators side by side; prints as a table, remarks, and which to use.
+    """Estimators side by side; prints as a table, remarks, and which to use."""
 
-    Args:
-        rows: one per estimator; the chain's own comes last.
-        plain: the cost of plain training of the same steps.
-        dtype: of the run, such as `float32`.
-        place: its device and threads.
-        num_steps: stage name → inner steps.
-        num_points: of the training, at which errors were measured.
-        num_runs: that were timed.
-        warnings: what estimators warned of.
-        notes: on what the errors are measured against.
-    """
-
-    rows: tuple[FidelityRow, ...]
-    plain: Cost
-    dtype: str
-    place: str
-    num_steps: Mapping[str, int]
-    num_points: int
-    num_runs: int
-    warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    rows: tuple[FidelityRow, ...]  # one per estimator; the chain's own comes last
+    plain: Cost  # of plain training of the same steps
+    dtype: str  # of the run, such as `float32`
+    place: str  # its device and threads
+    num_steps: Mapping[str, int]  # stage name → inner steps
+    num_points: int  # of the training, at which errors were measured
+    num_runs: int  # that were timed
+    warnings: tuple[str, ...] = ()  # what estimators warned of
+    notes: tuple[str, ...] = ()  # on what the errors are measured against
 
     @property
     def title(self) -> str:

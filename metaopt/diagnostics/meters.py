@@ -1,9 +1,8 @@
-"""What a computation costs: flops, bytes of tensors held, resident size, processor time."""
+"""What a computation costs: flops, bytes of tensors held and resident size."""
 
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -114,10 +113,3 @@ def resident_peak(fn: Callable[[], object]) -> int:
 def _status(field: str) -> int:
     lines = (_PROCESS / "status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
-
-
-def processor_time(fn: Callable[[], object]) -> float:
-    """Return the seconds of processor time, of all threads, while `fn` runs: other processes do not disturb it much."""
-    start = time.process_time()
-    fn()
-    return time.process_time() - start

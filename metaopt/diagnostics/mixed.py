@@ -8,7 +8,7 @@ products by hand are the chain rule of one step; `Chain.unroll` does all steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,18 +34,17 @@ def mixed_vjp(
         MissingPathError: the gradient of the loss depends on no meta-parameter.
         StageError: a cotangent does not fit.
     """
-    gradients = _gradients(loss, params)
-    if cotangent is None:
-        cotangent = {name: torch.ones_like(g) for name, g in gradients.items()}
-    for name, vector in cotangent.items():
+    gradients, learned = _gradients(loss, params), named_tensors(meta_params)
+    vectors = {name: torch.ones_like(g) for name, g in gradients.items()} if cotangent is None else cotangent
+    for name, vector in vectors.items():
         if name not in params or vector.shape != params[name].shape:
             raise StageError(
                 f"cotangent {name!r} of shape {list(vector.shape)} fits no parameter of that name and shape"
             )
-    used = [name for name in gradients if name in cotangent]
-    learned = named_tensors(meta_params)
-    found = _products([gradients[name] for name in used], [cotangent[name] for name in used], learned)
-    return {name: _or_zeros(found[name], tensor) for name, tensor in learned.items()}
+    used = [name for name in gradients if name in vectors]
+    found = _products([gradients[name] for name in used], [vectors[name] for name in used], learned)
+    _require_path(found, learned)
+    return _or_zeros(found, learned)
 
 
 def mixed_jacobian(loss: Tensor, params: Tensors, meta_params: AnyMetaParameters) -> dict[tuple[str, str], Tensor]:
@@ -58,14 +57,15 @@ def mixed_jacobian(loss: Tensor, params: Tensors, meta_params: AnyMetaParameters
     """
     learned = named_tensors(meta_params)
     blocks: dict[tuple[str, str], Tensor] = {}
+    reached: list[Tensor | None] = []
     for name, gradient in _gradients(loss, params).items():
         one = torch.ones((), dtype=gradient.dtype, device=gradient.device)
-        rows = [_products([entry], [one], learned, must_reach=False) for entry in gradient.flatten()]
+        products = [_products([entry], [one], learned) for entry in gradient.flatten()]
+        rows = [_or_zeros(row, learned) for row in products]
+        reached += [part for row in products for part in row if part is not None and part.any()]
         for other, tensor in learned.items():
-            parts = [_or_zeros(row[other], tensor) for row in rows]
-            blocks[name, other] = torch.stack(parts).view((*gradient.shape, *tensor.shape))
-    if not any(bool(block.any()) for block in blocks.values()):
-        _raise_unreached(learned)
+            blocks[name, other] = torch.stack([row[other] for row in rows]).view((*gradient.shape, *tensor.shape))
+    _require_path(reached, learned)
     return blocks
 
 
@@ -74,25 +74,22 @@ def _gradients(loss: Tensor, params: Tensors) -> dict[str, Tensor]:
     return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
 
 
-def _products(
-    heads: list[Tensor], vectors: list[Tensor], learned: Tensors, must_reach: bool = True
-) -> dict[str, Tensor | None]:
+def _products(heads: list[Tensor], vectors: list[Tensor], learned: Tensors) -> Sequence[Tensor | None]:
     pairs = [(head, vector) for head, vector in zip(heads, vectors, strict=True) if head.requires_grad]
-    found: tuple[Tensor | None, ...] = (None,) * len(learned)
-    if pairs:
-        outputs, weights = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, list(learned.values()), weights, retain_graph=True, allow_unused=True)
-    if must_reach and all(part is None for part in found):
-        _raise_unreached(learned)
-    return dict(zip(learned, found, strict=True))
+    if not pairs:
+        return [None] * len(learned)
+    outputs, weights = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, list(learned.values()), weights, retain_graph=True, allow_unused=True)
 
 
-def _or_zeros(part: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if part is None else part
+def _or_zeros(found: Sequence[Tensor | None], learned: Tensors) -> dict[str, Tensor]:
+    pairs = zip(learned.items(), found, strict=True)
+    return {name: torch.zeros_like(tensor) if part is None else part for (name, tensor), part in pairs}
 
 
-def _raise_unreached(learned: Tensors) -> None:
-    raise MissingPathError(
-        f"the gradient of this loss depends on none of the meta-parameters {', '.join(map(repr, learned))}: the "
-        "loss must be computed from them, and in more than a term added to it"
-    )
+def _require_path(found: Sequence[Tensor | None], learned: Tensors) -> None:
+    if all(part is None for part in found):
+        raise MissingPathError(
+            f"the gradient of this loss depends on none of the meta-parameters {', '.join(map(repr, learned))}: the "
+            "loss must be computed from them, and in more than a term added to it"
+        )

@@ -47,37 +47,21 @@ class Watch(TorchFunctionMode):
     the graph's back. Such as `LlamaRMSNorm.forward (modeling_llama.py, line 63)`.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._casts: dict[str, None] = {}
-        self._in_place: dict[str, None] = {}
-
-    @property
-    def casts(self) -> tuple[str, ...]:
-        """Places of casts."""
-        return tuple(self._casts)
-
-    @property
-    def in_place(self) -> tuple[str, ...]:
-        """Places of in-place updates."""
-        return tuple(self._in_place)
+    casts: tuple[str, ...] = ()
+    in_place: tuple[str, ...] = ()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if _is_in_place(func) and given and given[0].requires_grad and not torch.is_grad_enabled():
-            self._note(self._in_place, _METAOPT)  # torch's optimizers update in place, called from there
+            frame = _outside_torch(sys._getframe(1))
+            if not frame.f_code.co_filename.startswith(_METAOPT):  # torch's optimizers, called from there
+                self.in_place = _with(self.in_place, frame)
         result = func(*args, **kwargs)
         lower = isinstance(result, Tensor) and result.dtype in LOWER and result.requires_grad
         if lower and any(a.dtype == torch.float64 for a in given):
-            self._note(self._casts)
+            self.casts = _with(self.casts, _outside_torch(sys._getframe(1)))
         return result
-
-    @staticmethod
-    def _note(places: dict[str, None], not_in: str = " ") -> None:
-        frame = _outside_torch(sys._getframe(2))
-        if frame is not None and not frame.f_code.co_filename.startswith(not_in):
-            places.setdefault(_described(frame))
 
 
 def _is_in_place(func: Any) -> bool:
@@ -89,14 +73,16 @@ def _is_lower(value: Any) -> bool:
     return isinstance(value, torch.dtype) and value in LOWER
 
 
-def _outside_torch(frame: FrameType | None) -> FrameType | None:
+def _outside_torch(frame: FrameType) -> FrameType:
     """Return the innermost call outside torch."""
-    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+    while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
 
-def _described(frame: FrameType) -> str:
+def _with(places: tuple[str, ...], frame: FrameType) -> tuple[str, ...]:
+    """Return places and another, once."""
     code, owner = frame.f_code, frame.f_locals.get("self")
     function = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
-    return f"{function} ({Path(code.co_filename).name}, line {frame.f_lineno})"
+    place = f"{function} ({Path(code.co_filename).name}, line {frame.f_lineno})"
+    return places if place in places else (*places, place)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import MetaoptError
-from metaopt.diagnostics.meters import HeldBytes, count_flops, peak_bytes, processor_time, resident_peak
+from metaopt.diagnostics.meters import HeldBytes, count_flops, peak_bytes, resident_peak
 
 N = 16
 MATRIX = 4 * N * N  # bytes
@@ -105,8 +105,3 @@ def test_where_the_kernel_does_not_tell_resident_size_says_so(monkeypatch, tmp_p
     monkeypatch.setattr("metaopt.diagnostics.meters._PROCESS", tmp_path / "no-such-folder")
     with pytest.raises(MetaoptError, match="which this system does not offer"):
         resident_peak(lambda: None)
-
-
-def test_processor_time_is_that_of_the_work():
-    work = torch.ones(300, 300)
-    assert processor_time(lambda: [work @ work for _ in range(200)]) > processor_time(lambda: None)

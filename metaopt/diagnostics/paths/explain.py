@@ -24,6 +24,7 @@ _UNSEEN = (
     "What the meta-objective cuts is not in this graph, nor what an estimator leaves out by design: "
     "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params)) looks there too"
 )
+Links = dict[Source, dict[Source, None]]  # source → its readers, in the order of the chain
 Status = Literal["whole", "partly cut", "cut"]
 _MOST_ROUTES = 6
 
@@ -114,13 +115,17 @@ def explain_hypergradient(
         Prints as text; `paths` has the same as fields.
     """
     readings = read_chain(chain, objective, batch, meta_params)
-    paths = tuple(_path(name, readings) for name in named_tensors(meta_params))
-    readers: dict[Source, dict[str, None]] = {}
+    links: Links = {}
+    readers: dict[str, dict[str, None]] = {}
     for reading in readings:
-        known = readers.setdefault(reading.part.reader, {})
-        known |= {_named(source): None for source in reading.edges if reading.joins(source)}
+        reader = reading.part.reader
+        known = readers.setdefault(_named(reader), {})
+        for source in filter(reading.joins, reading.edges):
+            known[_named(source)] = None
+            links.setdefault(source, {})[reader] = None
+    paths = tuple(_path(name, readings, links) for name in named_tensors(meta_params))
     failures = tuple(reading.failure for reading in readings if reading.failure)
-    return Explanation(paths, {_named(reader): tuple(names) for reader, names in readers.items()}, failures)
+    return Explanation(paths, {reader: tuple(names) for reader, names in readers.items()}, failures)
 
 
 def explained(
@@ -160,31 +165,20 @@ def _with(error: MissingPathError, explanation: str) -> MissingPathError:
     return MissingPathError(f"{said}\n\n{explanation}")
 
 
-def _path(name: str, readings: Sequence[Reading]) -> Path:
+def _path(name: str, readings: Sequence[Reading], links: Links) -> Path:
     start: Source = ("meta-parameter", name)
-    links = _links(readings)
     routes = tuple(itertools.islice(_routes(start, links), _MOST_ROUTES))
     reached = _reached(start, links)
     cuts = [cut for reading in readings for cut in _cuts_of(reading, reached, links, bool(routes))]
     remarks = [
         _dead_end(source, readings)
         for source in reached
-        if source != META_LOSS and not links.get(source) and not any(source in cut.of for cut in cuts)
+        if source != META_LOSS and source not in links and not any(source in cut.of for cut in cuts)
     ]
     return Path(name, routes, tuple(dict.fromkeys(cuts)), tuple(remarks))
 
 
-def _links(readings: Sequence[Reading]) -> dict[Source, list[Source]]:
-    """Return source → its readers."""
-    links: dict[Source, list[Source]] = {}
-    for reading in readings:
-        for source in reading.edges:
-            if reading.joins(source) and reading.part.reader not in links.setdefault(source, []):
-                links[source].append(reading.part.reader)
-    return links
-
-
-def _routes(start: Source, links: Mapping[Source, Sequence[Source]]) -> Iterator[tuple[str, ...]]:
+def _routes(start: Source, links: Links) -> Iterator[tuple[str, ...]]:
     for reader in links.get(start, ()):
         if reader == META_LOSS:
             yield ()
@@ -192,30 +186,30 @@ def _routes(start: Source, links: Mapping[Source, Sequence[Source]]) -> Iterator
             yield from ((reader[1], *rest) for rest in _routes(reader, links))
 
 
-def _reached(start: Source, links: Mapping[Source, Sequence[Source]]) -> list[Source]:
+def _reached(start: Source, links: Links) -> list[Source]:
     """Return the start and all that it has a path to, in the order of the chain."""
     found, stack = {start: None}, [start]
     while stack:
-        for reader in links.get(stack.pop(), ()):
-            if reader not in found:
-                found[reader] = None
-                stack.append(reader)
+        new = [reader for reader in links.get(stack.pop(), ()) if reader not in found]
+        found |= dict.fromkeys(new)
+        stack += new
     return list(found)
 
 
-def _cuts_of(
-    reading: Reading, reached: Sequence[Source], links: Mapping[Source, Sequence[Source]], exists: bool
-) -> Iterator[Cut]:
-    """Yield the cuts of one part that keep something from the meta-loss that a meta-parameter reaches."""
+def _cuts_of(reading: Reading, reached: Sequence[Source], links: Links, exists: bool) -> Iterator[Cut]:
+    """Yield the cuts of one part that keep something from the meta-loss that a meta-parameter reaches.
+
+    Where a path `exists`, what never comes to the meta-loss is no loss, nor what is cut by design beside a gradient.
+    """
+    reader = reading.part.reader
+    if exists and META_LOSS not in _reached(reader, links):
+        return
     for cut in sorted(reading.cuts, key=lambda cut: (str(cut.key[1]), cut.operation.name)):
-        for source in cut.of:
-            joined = reading.part.reader in (source, *links.get(source, ()))
-            if source not in reached or (not exists and reading.part.reader in reached):
-                continue
-            if exists and (META_LOSS not in _reached(reading.part.reader, links) or (joined and cut.by_design)):
-                continue
-            yield cut
-            break
+        for source in cut.of.intersection(reached):
+            joined = reader == source or reader in links.get(source, ())
+            if not (joined and cut.by_design) if exists else reader not in reached:
+                yield cut
+                break
 
 
 def _dead_end(source: Source, readings: Sequence[Reading]) -> str:
