@@ -25,16 +25,9 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
 
 
 def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Tensor]:
-    """Add the exact hypergradient to the `.grad` of the meta-parameters, and of nothing else.
+    """Add the exact hypergradient to the `.grad` of the meta-parameters, and of nothing else; return it by name.
 
     `meta_loss.backward()` computes the same, but leaves `.grad = None` in silence where a path is missing.
-
-    Args:
-        meta_loss: scalar.
-        meta_params: a tensor, a module or a named mapping.
-
-    Returns:
-        Name → hypergradient.
 
     Raises:
         NonFiniteError, MissingPathError: as `hypergradient`; no `.grad` is touched then.

@@ -6,6 +6,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from metaopt.core.guards import moved_buffers
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.backward import hypergradient
 from metaopt.diagnostics.check_result import CheckResult, CheckRow
-from metaopt.diagnostics.differences import NUM_NOISE_RUNS, Pipeline, check_steps, sweep
+from metaopt.diagnostics.differences import NUM_NOISE_RUNS, Pipeline, Sweep, sweep
 from metaopt.diagnostics.precision import AllInFloat64, Watch
 
 STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -62,7 +63,8 @@ def check_hypergradient(
         StageError: a plug-in keeps a float32 tensor that does not go with the float64 copies.
         MissingPathError, NonFiniteError: there is no hypergradient to check.
     """
-    check_steps(steps)
+    if len(steps) < 2 or any(step <= 0 for step in steps) or len(set(steps)) < len(steps):
+        raise ConfigError(f"steps={list(steps)}: a sweep needs two steps or more, all above 0 and each once")
     watch = Watch()
     with AllInFloat64() if all_in_float64 else nullcontext(), explained_dtypes(watch):
         pipeline = Pipeline(chain, objective, batch, meta_params, seed, on_run).in_float64()
@@ -76,23 +78,8 @@ def check_hypergradient(
         for name, label, direction in directions:
             ends = pipeline.along(name, direction, [sign * h for h in steps for sign in (1, -1)])
             slope = float((gradient[name] * direction).sum())
-            found = sweep(ends, here, steps, noise)
-            reached = slope != 0.0 or any(found.slopes)  # an entry that no batch holds agrees on zero
-            rows.append(
-                CheckRow(
-                    name,
-                    label,
-                    slope,
-                    found.slopes[found.best],
-                    found.uncertainty if reached else 0.0,
-                    step=steps[found.best],
-                    tolerance=tolerance,
-                    rounding=found.rounding,
-                    jump=found.jump,
-                    biased=bool(biases),
-                    sweep=tuple(zip(steps, found.slopes, strict=True)),
-                )
-            )
+            row = _row(name, label, slope, sweep(ends, here, steps, noise), steps, tolerance)
+            rows.append(replace(row, biased=bool(biases)))
         keepers = pipeline.keepers(first, towards, max(steps), noise)
     return CheckResult(
         rows=tuple(rows),
@@ -109,18 +96,28 @@ def check_hypergradient(
     )
 
 
+def _row(name: str, label: str, slope: float, found: Sweep, steps: Sequence[float], tolerance: float) -> CheckRow:
+    reached = slope != 0.0 or any(found.slopes)  # an entry that no batch holds agrees on zero
+    return CheckRow(
+        name,
+        label,
+        slope,
+        found.slopes[found.best],
+        found.uncertainty if reached else 0.0,
+        step=steps[found.best],
+        tolerance=tolerance,
+        rounding=found.rounding,
+        jump=found.jump,
+        sweep=tuple(zip(steps, found.slopes, strict=True)),
+    )
+
+
 def num_runs(
     meta_params: AnyMetaParameters, num_directions: int, coordinates: Coordinates, steps: Sequence[float]
 ) -> int:
     """Return how often `check_hypergradient` runs the pipeline."""
-    tensors = named_tensors(meta_params)
-    random = sum(_num_random(name, tensor, num_directions, coordinates) for name, tensor in tensors.items())
-    return 1 + NUM_NOISE_RUNS + 2 * len(steps) * (random + sum(len(indices) for indices in coordinates.values()))
-
-
-def _num_random(name: str, tensor: Tensor, wanted: int, coordinates: Coordinates) -> int:
-    """Return how many random directions a meta-parameter gets: a single number has but one, up to its sign."""
-    return wanted if tensor.numel() > 1 else min(wanted, 0 if coordinates.get(name) else 1)
+    directions = _directions(named_tensors(meta_params), num_directions, coordinates, seed=0)
+    return 1 + NUM_NOISE_RUNS + 2 * len(steps) * len(directions)
 
 
 def _directions(
@@ -137,7 +134,8 @@ def _directions(
     found = []
     with seeded(seed):
         for name, tensor in tensors.items():
-            for i in range(_num_random(name, tensor, num_random, coordinates)):
+            single = tensor.numel() == 1  # it has but one direction, up to its sign
+            for i in range(min(num_random, 0 if coordinates.get(name) else 1) if single else num_random):
                 direction = torch.randn(tensor.shape, dtype=tensor.dtype).to(tensor.device)
                 found.append((name, f"random {i + 1}", direction / direction.norm()))
             for index in coordinates.get(name, ()):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaopt.base.errors import ConfigError
 from metaopt.base.random_state import seeded
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import Estimator, evaluate
@@ -211,12 +210,6 @@ def sweep(ends: Sequence[float], here: float, steps: Sequence[float], noise: flo
     doubt = 4 * noise * (wider / h + h / wider) / abs(wider - h)
     is_kink = jump > max(10 * doubt, 0.5 * abs(more))
     return Sweep(slopes, best, uncertainty, noise / h, jump if is_kink else 0.0)
-
-
-def check_steps(steps: Sequence[float]) -> None:
-    """Raise if these steps are no sweep."""
-    if len(steps) < 2 or any(step <= 0 for step in steps) or len(set(steps)) < len(steps):
-        raise ConfigError(f"steps={list(steps)}: a sweep needs two steps or more, all above 0 and each once")
 
 
 def _most_certain(slopes: Sequence[float], steps: Sequence[float], noise: float) -> tuple[int, float]:

@@ -106,13 +106,8 @@ def explain_hypergradient(
 
     A path runs from φ through stages to the meta-loss; each link is a part of `∂²L/∂θ∂φ`, of the learned initial
     weights or hyperparameters, or of the meta-objective. The inner steps are run once, one after the other and
-    without an estimator, so the links are those of the losses themselves. Nothing is changed.
-
-    Args:
-        chain, objective, batch, meta_params: as in a meta-step.
-
-    Returns:
-        Prints as text; `paths` has the same as fields.
+    without an estimator, so the links are those of the losses themselves. Nothing is changed. What is given is that of
+    a meta-step.
     """
     readings = read_chain(chain, objective, batch, meta_params)
     links: Links = {}
