@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.text import Text
 
 from metaopt.app import report
-from metaopt.app.inspection import Inspection
-from metaopt.app.run import FEW
-from metaopt.app.tracking import circumstances
+from metaopt.app.job import FEW, Inspection
 from metaopt.base.errors import ConfigError, MissingPathError
 from metaopt.core.chain import Chain
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
@@ -72,6 +68,4 @@ class CheckRun(Inspection):
         if cuts:
             self.console.print(Text(cuts))
         self.console.print(Text(result.headline, style=STYLES[result.verdict]))
-        seconds = time.perf_counter() - self._start
-        more = {"cuts": cuts, **circumstances(seconds, self.config.trainer.seed)}
-        (self.path / "check.json").write_text(json.dumps({**result.as_dict(), **more}, indent=2) + "\n")
+        self.write("check.json", {**result.as_dict(), "cuts": cuts})

@@ -25,15 +25,13 @@ EXIT_CODES = {"agrees": 0, "differs": 2, "undecided": 3}  # of metaopt-check; 1:
 def train(config: DictConfig, folder: str) -> float:
     """Build the parts, learn the meta-parameters, compare, report; return the selection metric.
 
-    Args:
-        config: as `metaopt.app.config.prepare` returns it.
-        folder: where the run writes.
+    `config` is as `metaopt.app.config.prepare` returns it; the run writes to `folder`.
     """
-    from metaopt.app.run import Run, threads
+    from metaopt.app.job import threads
+    from metaopt.app.run import Run
 
     with threads(config.trainer.num_threads), Run(config, folder) as run:
         run.config, data, trainer = assemble(config, [run.observe])
-
         run.begin(data, trainer)
         run.warm_up()
         run.check_first_step()
@@ -44,14 +42,9 @@ def train(config: DictConfig, folder: str) -> float:
 
 
 def check(config: DictConfig, folder: str) -> str:
-    """Build the parts, warm up, compare the hypergradient with differences, report; return the verdict.
-
-    Args:
-        config: as `metaopt.app.config.prepare` returns it.
-        folder: where the check writes.
-    """
+    """Build the parts, warm up, compare the hypergradient with differences, report; return the verdict."""
     from metaopt.app.check_run import CheckRun
-    from metaopt.app.run import threads
+    from metaopt.app.job import threads
 
     with threads(config.trainer.num_threads):
         config, _, trainer = assemble(config)
@@ -63,14 +56,9 @@ def check(config: DictConfig, folder: str) -> str:
 
 
 def compare_estimators(config: DictConfig, folder: str) -> Any:
-    """Build the parts, warm up, compare the estimators, report; return the `FidelityResult`.
-
-    Args:
-        config: as `metaopt.app.config.prepare` returns it.
-        folder: where the comparison writes.
-    """
+    """Build the parts, warm up, compare the estimators, report; return the `FidelityResult`."""
     from metaopt.app.fidelity_run import FidelityRun
-    from metaopt.app.run import threads
+    from metaopt.app.job import threads
 
     with threads(config.trainer.num_threads):
         config, _, trainer = assemble(config)
@@ -83,65 +71,52 @@ def compare_estimators(config: DictConfig, folder: str) -> Any:
 
 def assemble(config: DictConfig, observers: Sequence[Callable[..., None]] = ()) -> tuple[DictConfig, Any, Any]:
     """Return the config with the facts of its data, the data, and the trainer that holds everything else."""
-    from metaopt.app import build
+    from metaopt.app.build import build_data, build_trainer
 
-    data = build.build_data(config)
+    data = build_data(config)
     config = with_facts(config, data.facts)
-    chain = build.build_chain(config, data)
-    meta_params = build.build_meta_params(config)
-    objective = build.build_objective(config)
-    meta_optimizer = build.build_meta_optimizer(config, meta_params)
-    return config, data, build.build_trainer(config, data, chain, objective, meta_params, meta_optimizer, observers)
+    return config, data, build_trainer(config, data, observers)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------
 
 
-@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="config")
-def _train(composed: DictConfig) -> float:
-    return train(*_prepared(composed))
-
-
 _verdicts: list[str] = []  # of the jobs of this process; Hydra drops what they return
-
-
-@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="check")
-def _check(composed: DictConfig) -> None:
-    _verdicts.append(check(*_prepared(composed)))
-
-
-@hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name="fidelity")
-def _compare(composed: DictConfig) -> None:
-    compare_estimators(*_prepared(composed))
 
 
 def main() -> None:
     """Run `metaopt`."""
-    _run(_train)
+    _run("config", train)
 
 
 def check_main() -> None:
     """Run `metaopt-check`; exit with the code of its verdict, of a sweep the worst."""
-    _run(_check)
+    _run("check", lambda config, folder: _verdicts.append(check(config, folder)))
     found = [verdict for verdict in ("differs", "undecided") if verdict in _verdicts]
     sys.exit(EXIT_CODES[found[0]] if found else 0)
 
 
 def fidelity_main() -> None:
     """Run `metaopt-fidelity`."""
-    _run(_compare)
+    _run("fidelity", compare_estimators)
 
 
-def _run(command: Callable[[], Any]) -> None:
-    """Run a command: what metaopt or Hydra refuses, or a user's part raises, is one message and exit code 1.
+def _run(name: str, command: Callable[[DictConfig, str], Any]) -> None:
+    """Run a command on the config that Hydra composes from `conf/<name>.yaml`.
 
-    A bug keeps its traceback.
+    What metaopt or Hydra refuses, or a user's part raises, is one message and exit code 1; a bug keeps its traceback.
     """
+    run = hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name=name)(
+        lambda composed: command(*_prepared(composed))
+    )
     sys.path.append(os.getcwd())  # so that a class in the current folder can be named as a _target_
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every exception on instead of printing it
     try:
-        command()
+        run()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if wants_traceback or not (isinstance(error, (MetaoptError, HydraException)) or was_told(error)):
             raise
@@ -152,7 +127,3 @@ def _prepared(composed: DictConfig) -> tuple[DictConfig, str]:
     job = HydraConfig.get()
     overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
     return prepare(composed, cast(list[str], overrides), job.runtime.choices), job.runtime.output_dir
-
-
-if __name__ == "__main__":
-    main()

@@ -24,18 +24,15 @@ FACT = re.compile(r"\$\{facts\.([^}]*)\}")
 def prepare(
     config: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, str | None] | None = None
 ) -> DictConfig:
-    """Return the config with every stage's parts filled in and the limits applied.
+    """Return the config as Hydra composed it with every stage's parts filled in and the limits applied.
 
-    Args:
-        config: as Hydra composed it.
-        overrides: what was written on the command line, such as `optimizer.lr=0.1`.
-        choices: the chosen option of each group (`hydra.runtime.choices`), by which an experiment's values that reach
-            no stage are found.
+    `overrides` were written on the command line, such as `optimizer.lr=0.1`; by `choices`, the option of each group
+    (`hydra.runtime.choices`), an experiment's values that reach no stage are found.
 
     Raises:
         ConfigError: lists everything that is wrong with it.
     """
-    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    raw = _unresolved(config)
     if not isinstance(raw.get("stages"), Mapping) or not isinstance(raw.get("chain"), list):
         raise ConfigError("the config needs `chain`, a list of names, and `stages`, a mapping from name to stage")
     untouched, taken = _fill_in_shared_parts(raw)
@@ -43,8 +40,7 @@ def prepare(
     _apply_limits(raw)
     filled = OmegaConf.create(raw)
     plain, unresolved = _resolved(raw, filled, bool(raw.get("facts")))
-    problems += [*unresolved, *problems_of(plain, untouched)]
-    _raise_if_any(problems)
+    _raise_if_any([*problems, *unresolved, *problems_of(plain, untouched)])
     return filled
 
 
@@ -54,7 +50,7 @@ def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
     Raises:
         ConfigError: lists every fact that the config asks for and the data do not give.
     """
-    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    raw = _unresolved(config)
     raw["facts"] = {name: value for name, value in facts.items() if value is not None}
     filled = OmegaConf.create(raw, flags={"allow_objects": True})
     plain, unresolved = _resolved(raw, filled, True)
@@ -62,7 +58,7 @@ def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
     if any("facts." in problem for problem in problems):
         gives = f"the data set gives only: {', '.join(raw['facts']) or 'none'}"
         problems += [f"{gives}; choose options that fit it (model, handover, meta_params), or let it give more"]
-    _raise_if_any([*problems, *(problems_of(plain, {}) if not problems else ())])
+    _raise_if_any(problems or list(problems_of(plain, {})))
     return filled
 
 
@@ -79,10 +75,14 @@ def explained(error: Exception) -> str:
 
 def as_yaml(config: DictConfig) -> str:
     """Return the config as text; facts that YAML cannot hold are left out."""
-    raw = typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
+    raw = _unresolved(config)
     plain = (bool, int, float, str, list)
     raw["facts"] = {name: fact for name, fact in (raw["facts"] or {}).items() if isinstance(fact, plain)}
     return OmegaConf.to_yaml(OmegaConf.create(raw))
+
+
+def _unresolved(config: DictConfig) -> Raw:
+    return typing.cast(Raw, OmegaConf.to_container(config, resolve=False))
 
 
 def _raise_if_any(problems: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ def _unreached(raw: Raw, taken: set[str], overrides: Sequence[str], choices: Map
     """Yield each change of a shared part that no stage takes."""
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for part in (part for part in SHARED_PARTS if part not in taken):
-        written = [key for key in keys if key == part or key.startswith(f"{part}.")]
+        written = [key for key in keys if f"{key}.".startswith(f"{part}.")]
         changed = dict.fromkeys([*written, *_changes(_as_chosen(part, raw, choices), raw.get(part), part)])
         if part == "product" and changed:
             yield f"{', '.join(changed)}: no stage's estimator has one; write estimator=checkpointed beside it, say"
@@ -147,7 +147,7 @@ def _unreached(raw: Raw, taken: set[str], overrides: Sequence[str], choices: Map
 def _as_chosen(part: str, raw: Raw, choices: Mapping[str, str | None]) -> Any:
     """Return a shared part as the chosen option's own file has it; as it is now, where that cannot be told."""
     try:
-        return value_at(OmegaConf.to_container(compose(f"{part}/{choices[part]}"), resolve=False), part)
+        return _unresolved(compose(f"{part}/{choices[part]}")).get(part)
     except (KeyError, HydraException):  # no such choice, or an option of a user's folder that only this config knows
         return raw.get(part)
 

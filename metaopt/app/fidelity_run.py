@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,7 @@ from omegaconf import DictConfig
 from rich.text import Text
 
 from metaopt.app import build, report
-from metaopt.app.inspection import Inspection
-from metaopt.app.tracking import circumstances
+from metaopt.app.job import Inspection
 from metaopt.base.errors import ConfigError, MissingPathError
 from metaopt.core.contracts import Estimator
 from metaopt.diagnostics.fidelity import OWN, compare_estimators, num_calls
@@ -72,16 +69,14 @@ class FidelityRun(Inspection):
             self.console.print(Text(remark))
         for line in result.recommendation:
             self.console.print(Text(f"→ {line}", style="bold"))
-        seconds = time.perf_counter() - self._start
-        found = {**result.as_dict(), **circumstances(seconds, self.config.trainer.seed)}
-        (self.path / "fidelity.json").write_text(json.dumps(found, indent=2) + "\n")
+        self.write("fidelity.json", result.as_dict())
         if self.config.output.plots:
             plot_fidelity(result, self.path / "fidelity.png")
 
 
 def _estimator(config: DictConfig, name: str) -> Estimator:
     where = f"fidelity.estimators.{name}"
-    built = build._call(where, build._factory(where, config.fidelity.estimators[name]))
+    built = build.call(where, build.factory(where, config.fidelity.estimators[name]))
     if not isinstance(built, Estimator):
         raise ConfigError(f"{where}: the target returned a {type(built).__name__}, not an Estimator")
     return built
@@ -92,10 +87,8 @@ def plot_fidelity(result: FidelityResult, path: Path) -> None:
     found = [(row, row.cost) for row in result.rows if row.cost and row.in_run and row.name != OWN]
     if not found:
         return
-    figure, _ = report._figure(10.4, 4.6)
-    figure.clear()
+    figure, (left, right) = report.new_figure(10.4, 4.6, 2, sharey=True)
     figure.suptitle("Error of the hypergradient, and what it costs (filled: exact but for rounding)", fontsize=12)
-    left, right = figure.subplots(1, 2, sharey=True)
     left.set(xlabel="peak of tensors held (MB)", ylabel=f"relative error, in {result.dtype}", yscale="log")
     right.set(xlabel="time (plain training = 1)")
     for i, (row, cost) in enumerate(found):
@@ -114,4 +107,4 @@ def plot_fidelity(result: FidelityResult, path: Path) -> None:
         axes.set_xlim(left=0)
         axes.grid(color="0.92", zorder=0)
     figure.legend(loc="outside right center", frameon=False)
-    report._save(figure, path)
+    report.save_figure(figure, path)

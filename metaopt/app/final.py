@@ -1,20 +1,18 @@
-"""After the outer loop: A is frozen, fresh models go through the whole chain by plain training; is it any good?"""
+"""What was learned, and whether it is any good: the weights, their quality, and what speaks against a run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from metaopt.base.random_state import seeded
-from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.meta_params import AnyMetaParameters, as_named
 from metaopt.data.bundle import DataBundle
 from metaopt.losses.objectives import ValidationLoss
-from metaopt.losses.pipeline import as_trained
 from metaopt.trainer import MetaTrainer
 
 FEWEST = 10  # meta-steps of which a trend is told
@@ -48,37 +46,7 @@ def weight_quality(meta_params: AnyMetaParameters, good_sources: Tensor | None, 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
     """Return the area under the ROC curve: the probability that a positive scores above a negative."""
-    from sklearn.metrics import roc_auc_score
-
     return float(roc_auc_score(positive.numpy(), scores.numpy()))
-
-
-def retrain(
-    chain: Chain,
-    start: Mapping[str, Any],
-    meta_params: AnyMetaParameters,
-    num_steps: Mapping[str, int],
-    on_step: Callable[[str, int, Tensor], None] | None = None,
-) -> TrainedChain:
-    """Train the whole chain from a saved state by plain `torch.optim`, with frozen meta-parameters.
-
-    Args:
-        chain: left in the trained state.
-        start: `chain.state_dict()` of the fresh chain, so that each comparison starts from the same weights and data.
-        meta_params: read only.
-        num_steps: per stage name.
-        on_step: called with stage name, step, detached loss.
-    """
-    chain.load_state_dict(start)
-    return chain.train(meta_params, num_steps=num_steps, on_step=on_step)
-
-
-def scored(
-    chain: Chain, trained: TrainedChain, stage: str, score: Callable[..., Mapping[str, float]], batches: Iterable[Any]
-) -> dict[str, float]:
-    """Return the metrics of one trained stage on a stream, fed as it was in training."""
-    with torch.no_grad(), seeded(0):  # a hand-over may sample what the stage reads
-        return dict(score(as_trained(trained, stage), [chain.move(batch) for batch in batches]))
 
 
 def doubts(
@@ -92,13 +60,11 @@ def doubts(
     found = []
     losses = [record["meta_loss"] for record in records]
     part = max(1, len(losses) // 10)
-    end = sum(losses[-part:]) / part if losses else math.nan
+    start, end = sum(losses[:part]) / part, sum(losses[-part:]) / part
     classes = num_classes(trainer, data)
-    is_mean = isinstance(trainer.objective, ValidationLoss)
-    if is_mean and classes and end > 0.99 * math.log(classes):
+    if losses and classes and isinstance(trainer.objective, ValidationLoss) and end > 0.99 * math.log(classes):
         guess = f"guessing among {classes} classes gives {math.log(classes):.3f}"
         found.append(f"The meta-loss ends at {end:.3f}, no better than chance: {guess}.")
-    start = sum(losses[:part]) / part if losses else math.nan
     if trainer.learns and len(losses) >= FEWEST and end >= start:
         found.append(f"The meta-loss has not fallen: {start:.4g} at the start, {end:.4g} at the end.")
     size = data.sizes.get("test", 0)
@@ -114,9 +80,9 @@ def doubts(
 def num_classes(trainer: MetaTrainer, data: DataBundle) -> int | None:
     """Return among how many classes, or tokens, the validated model chooses, by the data or its output layer."""
     known = data.facts.get("num_labels") or data.facts.get("vocab_size")
-    if known is None:
-        stages = trainer.chain.stages
-        model = stages[getattr(trainer.objective, "stage", list(stages)[-1])].model
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        known = None if head is None else len(head.weight)
-    return known
+    if known is not None:
+        return known
+    stages = trainer.chain.stages
+    model = stages[getattr(trainer.objective, "stage", list(stages)[-1])].model
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return None if head is None else len(head.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,22 @@ _DEFAULTS = re.compile(r"^defaults:\n((?:  .*\n)+)", re.MULTILINE)
 
 def register() -> None:
     """Let the help templates write `${metaopt.file:NAME,${hydra.runtime}}`, `metaopt.chosen` and `metaopt.groups`."""
+
+    def escaped(function: Callable[..., str]) -> Callable[..., str]:
+        return lambda *arguments: function(*arguments).replace("$", "$$")  # a template comes after the interpolations
+
     for function in (file, chosen, groups):
-        OmegaConf.register_new_resolver(f"metaopt.{function.__name__}", _escaped(function), replace=True)
+        OmegaConf.register_new_resolver(f"metaopt.{function.__name__}", escaped(function), replace=True)
 
 
 def file(name: str, runtime: Any) -> str:
     """Return a config file as it is written, without what it says of Hydra, the shared pieces in their places."""
-    found = (path for folder in _folders(runtime) if (path := folder.joinpath(f"{name}.yaml")).is_file())
-    text = next((path.read_text("utf-8") for path in found), "")
+    paths = [folder.joinpath(f"{name}.yaml") for folder in _folders(runtime)]
+    text = next((path.read_text("utf-8") for path in paths if path.is_file()), "")
     if name == "config":
-        return re.sub(r"\n^hydra:\n(?:  .*\n)+", "", text, flags=re.MULTILINE)
-    return _DEFAULTS.sub(lambda defaults: _inlined(defaults[1], text, runtime), text)
+        return re.sub(r"\n^hydra:\n(?:  .*\n)+|^  - override hydra/.*\n", "", text, flags=re.MULTILINE)
+    defaults = _DEFAULTS.search(text)
+    return text.replace(defaults[0], "") + _inlined(defaults[1], text, runtime) if defaults else text
 
 
 def chosen(runtime: Any) -> str:
@@ -42,8 +48,9 @@ def groups(runtime: Any) -> str:
     for path in (path for folder in _folders(runtime) for path in folder.iterdir() if path.is_dir()):
         names = {inner.name.removesuffix(".yaml") for inner in path.iterdir() if inner.name.endswith(".yaml")}
         if names and not path.name.startswith(("_", ".")):
-            found[path.name] = found.get(path.name, set()) | names
-    return "\n".join(f"{group}: {', '.join(sorted(found[group]))}" for group in sorted(found))
+            found.setdefault(path.name, set()).update(names)
+    lines = (f"{group}: {', '.join(sorted(found[group]))}" for group in sorted(found))
+    return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
 
 
 def _inlined(defaults: str, own: str, runtime: Any) -> str:
@@ -60,7 +67,3 @@ def _folders(runtime: Any) -> list[Any]:
     schemas = {"file": Path, "pkg": resources.files}
     found = [(source.schema, source.path) for source in runtime.config_sources if source.provider != "hydra"]
     return [schemas[schema](path) for schema, path in found if schema in schemas]
-
-
-def _escaped(function: Any) -> Any:
-    return lambda *arguments: function(*arguments).replace("$", "$$")  # a template comes after the interpolations

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from matplotlib.image import imread
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError
@@ -30,13 +33,7 @@ class Logger(ABC):
         """Take one meta-step's record: `meta_step`, `meta_loss`, `inner_loss/<stage>`, `selection/<metric>`, ..."""
 
     def finish(self, metrics: Mapping[str, float], weights: Tensor | None, plots: Path) -> None:  # noqa: B027
-        """Take what a run ends with.
-
-        Args:
-            metrics: by name.
-            weights: learned weights of sources or examples, if there are any.
-            plots: the folder that holds the run's PNG plots.
-        """
+        """Take what a run ends with: metrics, learned weights of sources or examples if any, a folder of PNG plots."""
 
     def close(self) -> None:  # noqa: B027
         """Write what is left, and let go of files and connections."""
@@ -49,12 +46,7 @@ class Logger(ABC):
 
 
 class PrintLogger(Logger):
-    """One printed line for a meta-step.
-
-    Args:
-        folder: not used.
-        every: meta-steps between two lines; looks at the selection stream are always printed.
-    """
+    """One printed line for every `every` meta-steps; looks at the selection stream are always printed."""
 
     def __init__(self, folder: str | Path = ".", *, every: int = 1) -> None:
         super().__init__(folder)
@@ -97,11 +89,8 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, folder: str | Path = ".") -> None:
         super().__init__(folder)
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as error:
-            raise _not_installed("TensorBoardLogger", "tensorboard") from error
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        writer = _package("torch.utils.tensorboard.writer", "tensorboard")
+        self._writer = writer.SummaryWriter(str(self.folder / "tensorboard"))
         self._step = 0
 
     def __call__(self, record: Mapping[str, Any]) -> None:
@@ -111,8 +100,6 @@ class TensorBoardLogger(Logger):
         self._writer.flush()
 
     def finish(self, metrics: Mapping[str, float], weights: Tensor | None, plots: Path) -> None:
-        from matplotlib.image import imread
-
         for name, value in metrics.items():
             self._writer.add_scalar(f"final/{name}", value, self._step)
         if weights is not None:
@@ -127,11 +114,8 @@ class TensorBoardLogger(Logger):
 class WandbLogger(Logger):
     """A run of Weights & Biases: numbers per meta-step; final metrics, the weights' histogram and the plots at the end.
 
-    Args:
-        folder: where wandb writes; a `config.yaml` in it becomes the run's config.
-        project: it belongs to.
-        name: of the run; None for the folder's.
-        mode: `offline` needs no account and no network (`wandb sync FOLDER` uploads later).
+    A `config.yaml` in the folder becomes the run's config; `name` None stands for the folder's name. `mode="offline"`
+    needs no account and no network (`wandb sync FOLDER` uploads later).
 
     Raises:
         ConfigError: the package `wandb` is not installed.
@@ -146,18 +130,12 @@ class WandbLogger(Logger):
         mode: Literal["offline", "online", "disabled"] = "offline",
     ) -> None:
         super().__init__(folder)
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise _not_installed("WandbLogger", "wandb") from error
-        from omegaconf import OmegaConf
-
+        self._wandb = _package("wandb", "wandb")
         file = self.folder / "config.yaml"
         config: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._wandb: Any = wandb
         name = name or self.folder.resolve().name
-        self._run: Any = wandb.init(project=project, name=name, mode=mode, dir=str(self.folder), config=config)
+        self._run: Any = self._wandb.init(project=project, name=name, mode=mode, dir=str(self.folder), config=config)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         self._run.log(_numbers(record), step=record["meta_step"])
@@ -177,8 +155,10 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name != "meta_step" and isinstance(value, (int, float))}
 
 
-def _not_installed(logger: str, package: str) -> ConfigError:
-    return ConfigError(
-        f"{logger}: the package {package} is not installed: pip install 'metaopt-chain[{package}]' "
-        f"(or '.[{package}]' in a checkout)"
-    )
+def _package(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"the package {extra} is missing: pip install 'metaopt-chain[{extra}]' (or '.[{extra}]' in a checkout)"
+        ) from error

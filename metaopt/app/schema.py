@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from metaopt.app.targets import SAID, by_place, names_class, problems_of_target, wanted
+from metaopt.app.targets import SAID, by_place, problems_of_target, wanted
 from metaopt.base.errors import did_you_mean
 
 Raw = dict[str, Any]
@@ -17,21 +17,15 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
 
-def _check(node: Any, supplied: int = 0, given: tuple[str, ...] = ()) -> Any:
+def _check(node: Any, **added: Any) -> Any:
     """Hand the problems of a `_target_` node to pydantic."""
-    problems = problems_of_target(node, supplied, given)
     details = [
         InitErrorDetails(type=PydanticCustomError(SAID, "{text}", {"text": text}), loc=place, input=None)
-        for place, text in problems
+        for place, text in problems_of_target(node, **added)
     ]
     if details:
         raise ValidationError.from_exception_data("target", details)
     return node
-
-
-def _check_slot(node: Any, supplied: int) -> Any:
-    """A class is built from its arguments; a function gets this many more at every step."""
-    return _check(node, 0 if isinstance(node, Mapping) and names_class(node.get("_target_")) else supplied)
 
 
 def _check_one_or_named(node: Any) -> Any:
@@ -41,10 +35,10 @@ def _check_one_or_named(node: Any) -> Any:
 
 # Nodes with a `_target_`, by what the program itself adds when it calls what they name.
 Target = Annotated[Any, PlainValidator(_check)]
-Called = Annotated[Any, PlainValidator(functools.partial(_check, supplied=1))]
-Generator = Annotated[Any, PlainValidator(functools.partial(_check, given=("batches",)))]
-Transform = Annotated[Any, PlainValidator(functools.partial(_check_slot, supplied=1))]
-FromMetaParams = Annotated[Any, PlainValidator(functools.partial(_check_slot, supplied=2))]
+Called = Annotated[Any, PlainValidator(partial(_check, supplied=1))]
+Generator = Annotated[Any, PlainValidator(partial(_check, given=("batches",)))]
+Transform = Annotated[Any, PlainValidator(partial(_check, per_step=1))]
+FromMetaParams = Annotated[Any, PlainValidator(partial(_check, per_step=2))]
 Targets = Annotated[Any, PlainValidator(_check_one_or_named)]
 
 
@@ -125,7 +119,7 @@ class LimitsSchema(Section):
 
 
 class RunSchema(Section):
-    """The whole config; what `shared` stands for is checked where a stage takes it."""
+    """The whole config; what `shared` stands for, the parts below, is checked where a stage takes it."""
 
     data: Target
     chain: list[str]
@@ -153,9 +147,10 @@ class RunSchema(Section):
 
 def options_of(section: str) -> list[str]:
     """Return the options of a section, such as `trainer` or `stages.student`; those of the whole config for ``."""
-    name, _, rest = section.partition(".")
-    known = {"": RunSchema, "stages": StageSchema if rest else None}
-    schema = known[name] if name in known else getattr(RunSchema.model_fields.get(name), "annotation", None)
+    schema: Any = RunSchema
+    if section:
+        is_stage = section.startswith("stages.")
+        schema = StageSchema if is_stage else getattr(RunSchema.model_fields.get(section), "annotation", None)
     return list(getattr(schema, "model_fields", ()))
 
 
@@ -177,11 +172,10 @@ def problems_of(plain: Raw, untouched: Mapping[str, str]) -> Iterator[str]:
         RunSchema.model_validate(plain)
     except ValidationError as error:
         for place, details in by_place(error, plain).items():
-            path, first = ".".join(map(str, place)), details[0]
-            value, kind = first["input"], first["type"]
+            path, value, kind = ".".join(map(str, place)), details[0]["input"], details[0]["type"]
             if kind == SAID:
                 taken = max((node for node in untouched if f"{path}.".startswith(f"{node}.")), key=len, default="")
-                path = untouched[taken] + path[len(taken) :] if taken else path
+                path = untouched.get(taken, taken) + path[len(taken) :]
                 yield from (path + detail["msg"].replace("{path}", path) for detail in details)
             elif kind == "extra_forbidden":
                 section, _, option = path.rpartition(".")
@@ -190,12 +184,11 @@ def problems_of(plain: Raw, untouched: Mapping[str, str]) -> Iterator[str]:
                 yield f"{path} is {'missing' if kind == 'missing' else 'not set'}"
             elif not (isinstance(value, str) and "${" in value):
                 yield f"{path} = {value!r}: must be {wanted(details)}"
-    yield from _problems_of_names(plain)
+    yield from _problems_of_names(plain, plain["stages"], [str(name) for name in plain["chain"]])
 
 
-def _problems_of_names(plain: Raw) -> Iterator[str]:
+def _problems_of_names(plain: Raw, stages: Raw, chain: list[str]) -> Iterator[str]:
     """Yield stage names that are asked for and not there, and options at odds with each other."""
-    chain, stages = [str(name) for name in plain["chain"]], plain["stages"]
     unknown = [name for name in chain if name not in stages]
     for name in unknown:
         yield f"chain names {name!r}, but stages has no such stage{did_you_mean(name, stages)}"
@@ -203,9 +196,8 @@ def _problems_of_names(plain: Raw) -> Iterator[str]:
         yield f"chain = {chain}: at least one stage is needed, and each name once"
     elif not unknown:
         yield from _problems_of_upstreams(plain, chain)
-        for name in stages:
-            if name not in chain:
-                yield f"stages.{name} is not in chain = {chain}; add it there, or remove it with ~stage@stages.{name}"
+        for name in (name for name in stages if name not in chain):
+            yield f"stages.{name} is not in chain = {chain}; add it there, or remove it with ~stage@stages.{name}"
     for name in stages:
         if value_at(stages, f"{name}.carry") == "never" and value_at(stages, f"{name}.warmup_steps"):
             yield f"stages.{name}.warmup_steps would be lost: with carry: never every meta-step starts afresh"
@@ -215,20 +207,12 @@ def _problems_of_names(plain: Raw) -> Iterator[str]:
 
 def _problems_of_upstreams(plain: Raw, chain: list[str]) -> Iterator[str]:
     """Yield names of stages that metaopt's own parts ask for and that are not there, or not before them."""
-    for place, name in enumerate(chain):
-        for part in ("loss", "generate"):
-            path, before = f"stages.{name}.{part}", chain[:place]
-            asked = _stage_of(value_at(plain, path), "upstream")
-            if asked not in (None, *before):
-                yield (
-                    f"{path}.upstream = {asked!r}: no stage of that name comes before {name!r} in chain = {chain}"
-                    f"{did_you_mean(asked, before)}"
-                )
-    asked = _stage_of(plain.get("objective"), "stage")
-    if asked not in (None, *chain):
-        yield f"objective.stage = {asked!r}: no such stage{did_you_mean(asked, chain)}"
-
-
-def _stage_of(node: Any, option: str) -> Any:
-    ours = isinstance(node, Mapping) and str(node.get("_target_")).startswith("metaopt.")
-    return node.get(option) if ours and node.get(option) != "???" else None
+    parts = [(f"stages.{name}.{part}", i) for i, name in enumerate(chain) for part in ("loss", "generate")]
+    asking = [*((path, "upstream", chain[:i]) for path, i in parts), ("objective", "stage", chain)]
+    for path, option, known in asking:
+        asked = value_at(plain, f"{path}.{option}")
+        if str(value_at(plain, f"{path}._target_")).startswith("metaopt.") and asked not in (None, "???", *known):
+            which = (
+                "no such stage" if option == "stage" else f"no stage of that name comes before it in chain = {chain}"
+            )
+            yield f"{path}.{option} = {asked!r}: {which}{did_you_mean(asked, known)}"

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import re
-import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from metaopt.base.errors import did_you_mean
 
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 Place = tuple[int | str, ...]
+Problems = Iterator[tuple[Place, str]]
 SAID = "said"  # the type of an error whose text and place are ours
 _WANTED = {
     "bool_type": "true or false",
@@ -38,13 +38,14 @@ _WANTED = {
 
 
 def problems_of_target(
-    node: Any, supplied: int = 0, given: Collection[str] = (), complete: bool = True
-) -> Iterator[tuple[Place, str]]:
+    node: Any, supplied: int = 0, per_step: int = 0, given: Collection[str] = (), complete: bool = True
+) -> Problems:
     """Yield what is wrong with a `_target_` node and those nested in it: where, and what, {path} being the whole path.
 
     Args:
         node: a plain container; strings with `${` are not resolved yet and are not checked.
         supplied: how many positional arguments the program adds when it calls the target.
+        per_step: how many more a function gets at every step; a class is built without them.
         given: names of arguments that the program adds.
         complete: False where what calls the target is not known, so that it may add any argument.
     """
@@ -68,51 +69,48 @@ def problems_of_target(
         undefined = ", ".join(sorted(getattr(called, "__abstractmethods__", ())))
         yield here, f" = {target}: the class does not define {undefined}"
     else:
-        yield from _problems_of_arguments(target, called, node, supplied, given, complete)
+        yield from _problems_of_nested(node)
+        added = supplied if inspect.isclass(called) else supplied + per_step
+        yield from _problems_of_arguments(called, node, added, given if complete else None)
 
 
 def locate(path: str) -> Any:
     """Return what a dotted path names, importing modules on the way; raise ImportError where it ends."""
-    parts = path.split(".")
-    if not all(part.isidentifier() for part in parts):
+    names = path.split(".")
+    if not all(name.isidentifier() for name in names):
         raise ImportError("a dotted path such as my_module.MyClass is needed")
-    found: Any = importlib.import_module(parts[0])
-    for end, part in enumerate(parts[1:], 2):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            name = ".".join(parts[:end])
-            if not isinstance(found, types.ModuleType) or importlib.util.find_spec(name) is None:
-                parent = ".".join(parts[: end - 1])
-                raise ImportError(f"{parent} has no {part!r}{did_you_mean(part, dir(found), others=False)}") from None
-            found = importlib.import_module(name)
+    found: Any = importlib.import_module(names[0])
+    for end, name in enumerate(names[1:], 1):
+        parent = ".".join(names[:end])
+        if not hasattr(found, name) and hasattr(found, "__path__") and importlib.util.find_spec(f"{parent}.{name}"):
+            importlib.import_module(f"{parent}.{name}")
+        if not hasattr(found, name):
+            raise ImportError(f"{parent} has no {name!r}{did_you_mean(name, dir(found), others=False)}")
+        found = getattr(found, name)
     return found
 
 
-def names_class(path: Any) -> bool:
-    """Return whether a dotted path names a class; False for one that names nothing."""
-    try:
-        return inspect.isclass(locate(path))
-    except Exception:  # said by `problems_of_target`
-        return False
+def _problems_of_nested(node: Any) -> Problems:
+    """Yield what is wrong with the `_target_` nodes below a node."""
+    for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+        found: Problems = iter(())
+        if _is_target(value):
+            found = problems_of_target(value, complete=not value.get("_partial_", False))
+        elif isinstance(value, (Mapping, list)):
+            found = _problems_of_nested(value)
+        yield from (((key, *place), text) for place, text in found)
 
 
-def _problems_of_arguments(
-    target: str, called: Any, node: Mapping[str, Any], supplied: int, given: Collection[str], complete: bool
-) -> Iterator[tuple[Place, str]]:
-    arguments = {name: value for name, value in node.items() if name not in SPECIAL}
-    for name, value in arguments.items():
-        if value == "???":
-            yield (name,), " is not set"
-        for place, inner in _targets_in(value, (name,)):
-            for below, text in problems_of_target(inner, complete=not inner.get("_partial_", False)):
-                yield (*place, *below), text
+def _problems_of_arguments(called: Any, node: Mapping[str, Any], added: int, given: Collection[str] | None) -> Problems:
+    """Yield what does not fit the signature; `given` None: what is missing may be added by the caller."""
+    target, arguments = node["_target_"], {name: value for name, value in node.items() if name not in SPECIAL}
+    yield from (((name,), " is not set") for name, value in arguments.items() if value == "???")
     try:
         parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # some built-in callables have none
         return
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    taken = positional[: supplied + len(node.get("_args_", ()))]
+    taken = positional[: added + len(node.get("_args_", ()))]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in taken}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     hints = _type_hints(called)
@@ -123,7 +121,7 @@ def _problems_of_arguments(
             for place, errors in _misfits(value, hints.get(name, Any)).items():
                 yield (name, *place), f" = {errors[0]['input']!r}: {target} takes {wanted(errors)}"
     for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in arguments and name not in given and complete:
+        if parameter.default is parameter.empty and name not in arguments and given is not None and name not in given:
             yield (name,), f" is missing: {target} needs it; add +{{path}}=..."
 
 
@@ -155,14 +153,6 @@ def _is_target(node: Any) -> bool:
     return isinstance(node, Mapping) and "_target_" in node
 
 
-def _targets_in(node: Any, place: Place) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    if _is_target(node):
-        yield place, node
-    elif isinstance(node, (Mapping, list)):
-        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
-            yield from _targets_in(value, (*place, key))
-
-
 def _is_open(errors: Sequence[ErrorDetails]) -> bool:
     """Return whether only the call can tell: a node to be built, an interpolation, a class that may read a text."""
     value = errors[0]["input"]
@@ -189,8 +179,7 @@ def wanted(errors: Sequence[ErrorDetails]) -> str:
     """Return what one place should hold, and the name that was meant."""
     said, names = [], []
     for error in errors:
-        context = error.get("ctx", {})
-        known = _WANTED.get(error["type"])
+        context, known = error.get("ctx", {}), _WANTED.get(error["type"])
         said.append(known.format(**context) if known else error["msg"].removeprefix("Input should be "))
         names += re.findall(r"'(.*?)'", str(context.get("expected", "")))
     return " or ".join(dict.fromkeys(said)) + did_you_mean(str(errors[0]["input"]), names, others=False)

@@ -43,6 +43,15 @@ def test_help_prints_every_chosen_file_with_its_comments(tmp_path: Path) -> None
         assert not re.search(r"_parts: |@_here_|\$\$|shared,", done.stdout)
 
 
+def test_a_reader_of_the_help_that_has_seen_enough_gets_no_traceback() -> None:
+    line = [sys.executable, "-m", "metaopt", "--help"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, said = process.communicate(timeout=100)
+    assert said == ""
+
+
 def test_the_experiments_are_found() -> None:
     assert "digits" in EXPERIMENTS
 

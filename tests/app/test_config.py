@@ -328,7 +328,7 @@ BAD = [
     (["chain=[]"], "at least one stage is needed"),
     (["objective.stage=studnet"], "objective.stage = 'studnet': no such stage (did you mean 'student'?)"),
     (["stages.student.loss.upstream=techer"], "(did you mean 'teacher'?)"),
-    (["stages.student.loss.upstream=student"], "no stage of that name comes before 'student'"),
+    (["stages.student.loss.upstream=student"], "no stage of that name comes before it"),
     (["objective=custom"], "objective._target_ is not set"),
     (["objective=custom", "objective._target_=nowhere.Mine"], "No module named 'nowhere'"),
     (["objective=custom", "objective._target_=metaopt.ValidationLos"], "(did you mean 'ValidationLoss'?)"),

@@ -62,7 +62,7 @@ def test_the_number_of_classes_is_that_of_the_data_or_of_the_output_layer():
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved."""
     figures: list[Any] = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
     return figures
 
 
