@@ -155,9 +155,6 @@ def build_trainer(
     )
 
 
-# --- calling a target -------------------------------------------------------------------------------------------
-
-
 def build(where: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """Return what a `_target_` node makes of its own arguments and these."""
     return call(where, factory(where, node), *args, **kwargs)
@@ -186,8 +183,5 @@ def call(where: str, made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 def stage_steps(config: DictConfig, meta_steps: int) -> dict[str, int]:
     """Return the plain training steps of each stage in the final comparison."""
-    names = [str(name) for name in config.chain]
-    given: int | None = config.final.num_steps
-    if given is not None:
-        return dict.fromkeys(names, given)
-    return {name: config.stages[name].warmup_steps + meta_steps * config.stages[name].num_steps for name in names}
+    given, stages = config.final.num_steps, {str(name): config.stages[name] for name in config.chain}
+    return {n: s.warmup_steps + meta_steps * s.num_steps if given is None else given for n, s in stages.items()}

@@ -78,9 +78,6 @@ def assemble(config: DictConfig, observers: Sequence[Callable[..., None]] = ()) 
     return config, data, build_trainer(config, data, observers)
 
 
-# --- the commands -----------------------------------------------------------------------------------------------
-
-
 _verdicts: list[str] = []  # of the jobs of this process; Hydra drops what they return
 
 

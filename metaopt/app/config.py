@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,9 +92,6 @@ def _raise_if_any(problems: Sequence[str]) -> None:
         raise ConfigError(f"the config has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-# --- shared parts -----------------------------------------------------------------------------------------------
-
-
 def _fill_in_shared_parts(raw: Raw) -> tuple[dict[str, str], set[str]]:
     """Put the shared parts under the stages' own values.
 
@@ -113,7 +109,7 @@ def _fill_in_shared_parts(raw: Raw) -> tuple[dict[str, str], set[str]]:
             taken.add(source.split(".")[0])
             if not own:
                 untouched[path] = source
-                own = copy.deepcopy(value_at(raw, source))
+                own = value_at(raw, source)
             elif "_target_" not in own:  # a target of its own takes no argument from another one's
                 own = _merged(value_at(raw, source), own)
         return {k: filled(v, f"{path}.{k}") for k, v in own.items()} if isinstance(own, Mapping) else own
@@ -124,8 +120,8 @@ def _fill_in_shared_parts(raw: Raw) -> tuple[dict[str, str], set[str]]:
 
 def _merged(under: Any, over: Any) -> Any:
     if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
-        return copy.deepcopy(over)
-    return {**copy.deepcopy(dict(under)), **{key: _merged(under.get(key), value) for key, value in over.items()}}
+        return over
+    return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}
 
 
 def _unreached(raw: Raw, taken: set[str], overrides: Sequence[str], choices: Mapping[str, str | None]) -> Iterator[str]:
@@ -168,9 +164,6 @@ def _apply_limits(raw: Raw) -> None:
         for key in ("num_steps", "warmup_steps"):
             if isinstance(part, dict) and isinstance(part.get(key), int):
                 part[key] = min(part[key], limit)
-
-
-# --- interpolations ---------------------------------------------------------------------------------------------
 
 
 def _resolved(raw: Raw, config: DictConfig, facts_are_known: bool) -> tuple[Raw, list[str]]:

@@ -6,6 +6,7 @@ import csv
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from metaopt.base.errors import ConfigError
 
 
-class Logger(ABC):
+class Logger(AbstractContextManager[Any], ABC):
     """An observer of the outer loop: `MetaTrainer(..., observers=[logger])`, or `logger=custom` of the command.
 
     As a context it closes itself. The command also hands over what a run ends with (`finish`), and closes it.
@@ -32,14 +33,11 @@ class Logger(ABC):
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Take one meta-step's record: `meta_step`, `meta_loss`, `inner_loss/<stage>`, `selection/<metric>`, ..."""
 
-    def finish(self, metrics: Mapping[str, float], weights: Tensor | None, plots: Path) -> None:  # noqa: B027
+    def finish(self, metrics: Mapping[str, float], weights: Tensor | None, plots: Path) -> None:
         """Take what a run ends with: metrics, learned weights of sources or examples if any, a folder of PNG plots."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Write what is left, and let go of files and connections."""
-
-    def __enter__(self) -> Any:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

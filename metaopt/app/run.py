@@ -65,8 +65,6 @@ class Run(Job):
         if self.logger is not None:
             self.logger.close()
 
-    # --- before the outer loop ----------------------------------------------------------------------------------
-
     def begin(self, data: DataBundle, trainer: MetaTrainer) -> None:
         """Take the built parts, and keep the fresh chain's state for the comparison."""
         self.data = data
@@ -92,8 +90,6 @@ class Run(Job):
         else:
             report.print_check(self.console, check)
 
-    # --- the outer loop -----------------------------------------------------------------------------------------
-
     def learn(self) -> MetaResult:
         """Take the meta-steps, with a progress bar."""
         result = self.trainer.fit(self.config.trainer.meta_steps, progress=self.console)
@@ -110,8 +106,6 @@ class Run(Job):
             file.write(json.dumps(record) + "\n")
         if self.logger is not None:
             self.logger(record)
-
-    # --- after it -----------------------------------------------------------------------------------------------
 
     def compare(self) -> None:
         """Train fresh models with frozen weights (learned, uniform) and read the test stream, once each."""
