@@ -243,7 +243,7 @@ class Stage:
         if self._stream is not None:
             self._stream.advance(result.num_steps * self.accumulate)
         if self._schedule is not None:
-            self.rule.set_hyperparameters(self.optimizer, self._schedule.at(self._schedule_steps))
+            self._schedule.set(self.optimizer, self._schedule_steps)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return copies of all parameters and buffers, those that `state_dict()` leaves out included."""

@@ -7,92 +7,79 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from metaopt.optimizers.hyperparameters import Group
 from metaopt.optimizers.kinds import per_element
-from metaopt.optimizers.step import torch_step
+from metaopt.optimizers.step import TorchStep
 
 Tensors = dict[str, Tensor]
 State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of that parameter
 
 
-class Flattened:
-    """Several tensors as one: elementwise optimizers take the same step on the concatenation, in fewer calls.
-
-    Args:
-        names, params: of the tensors, and what gives their shapes.
-        whole: it is one tensor, whose shape the optimizer sees (but [1] for [], which would be taken for a counter).
-    """
-
-    def __init__(self, names: Sequence[str], params: Tensors, whole: bool = False) -> None:
-        self.names, self._whole = names, whole
-        self._shapes = [params[name].shape for name in names]
-        self._is_scalar = whole and not self._shapes[0]
-        self._sizes = [shape.numel() for shape in self._shapes]
-
-    def join(self, tensors: Mapping[str, Any]) -> Tensor:
-        if self._whole:
-            return tensors[self.names[0]].reshape(1) if self._is_scalar else tensors[self.names[0]]
-        parts = [tensors[name].reshape(-1) for name in self.names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def split(self, flat: Tensor) -> Tensors:
-        if self._whole:
-            return {self.names[0]: flat.reshape(()) if self._is_scalar else flat}
-        parts = zip(self.names, flat.split(self._sizes), self._shapes, strict=True)
-        return {name: part.view(shape) for name, part, shape in parts}
-
-    def join_state(self, state: State) -> dict[str, Any]:
-        first = state.get(self.names[0], {})
-        return {
-            k: self.join({n: state[n][k] for n in self.names}) if per_element(k, v) else v for k, v in first.items()
-        }
-
-    def split_state(self, state: dict[str, Any]) -> State:
-        parts = {k: self.split(v) if per_element(k, v) else dict.fromkeys(self.names, v) for k, v in state.items()}
-        return {name: {k: part[name] for k, part in parts.items()} for name in self.names}
-
-
-class JointStep(Flattened):
-    """One optimizer step of several parameters, taken on their concatenation.
+class JointStep:
+    """One optimizer step of several parameters, taken on their concatenation: the same step, in fewer calls.
 
     Args:
         names, params: of the parameters, and tensors of their shapes.
-        optimizer, function, hyperparameters: as of `torch_step`.
-        whole: as of `Flattened`.
-        scales: rates η by name; the step is then `θ + η (θ₁ − θ)` with θ₁ what a step of rate 1 gives.
+        torch_step: the step of one tensor.
+        group: its hyperparameters. With rates η the step is `θ + η (θ₁ − θ)`, θ₁ being what one of rate 1 gives.
+        whole: it is one parameter, whose shape the optimizer sees (but [1] for [], which would be taken for a counter).
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        params: Tensors,
-        optimizer: Optimizer,
-        function: Any,
-        hyperparameters: Mapping[str, Any],
-        scales: Mapping[str, Any] | None,
-        whole: bool = False,
+        self, names: Sequence[str], params: Tensors, torch_step: TorchStep, group: Group, whole: bool = False
     ) -> None:
-        super().__init__(names, params, whole)
-        self._optimizer, self._function, self._hyperparameters = optimizer, function, hyperparameters
-        self._scales = None if scales is None else [scales[name] for name in names]
+        self.names, self._torch_step, self._group = names, torch_step, group
+        self._whole = whole and params[names[0]].dim() > 0
+        self._shapes = [params[name].shape for name in names]
+        self._sizes = [shape.numel() for shape in self._shapes]
+
+    def join(self, tensors: Mapping[str, Any]) -> Tensor:
+        """Return the tensors of the parameters' names as one."""
+        if self._whole:
+            return tensors[self.names[0]]
+        parts = [tensors[name].reshape(-1) for name in self.names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def split(self, joint: Tensor) -> Tensors:
+        """Return what `join` has joined, by name."""
+        if self._whole:
+            return {self.names[0]: joint}
+        parts = zip(self.names, joint.split(self._sizes), self._shapes, strict=True)
+        return {name: part.view(shape) for name, part, shape in parts}
+
+    def join_state(self, state: State) -> dict[str, Any]:
+        """Return the parameters' state as that of one; what is not per element is the same for all."""
+        joint = dict(state.get(self.names[0], {}))
+        for key, value in joint.items():
+            if per_element(key, value):
+                joint[key] = self.join({name: state[name][key] for name in self.names})
+        return joint
+
+    def split_state(self, joint: Mapping[str, Any]) -> State:
+        """Return the state by parameter name."""
+        state: State = {name: {} for name in self.names}
+        for key, value in joint.items():
+            each = self.split(value) if per_element(key, value) else dict.fromkeys(self.names, value)
+            for name in self.names:
+                state[name][key] = each[name]
+        return state
 
     def step(self, param: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Return the concatenated parameters and their state after the step, in the graph of all that goes in."""
-        args = (self._optimizer, self._function, self._hyperparameters, param, gradient, state)
-        after, state_after = torch_step(*args)
-        return (after if self._scales is None else param + self._scale(param) * (after - param)), state_after
+        """Return the joint parameters and their state after the step, in the graph of all that goes in."""
+        after, state_after = self._torch_step(param, gradient, state, self._group.hyperparameters)
+        rates = self._group.rates
+        return (after if rates is None else param + self._rate(rates, param) * (after - param)), state_after
 
-    def _scale(self, param: Tensor) -> Any:
-        assert self._scales is not None
-        first = self._scales[0]
-        if all(scale is first for scale in self._scales):
-            return first
-        each = (torch.as_tensor(s, dtype=param.dtype, device=param.device) for s in self._scales)
-        return torch.cat([s.reshape(1).expand(size) for s, size in zip(each, self._sizes, strict=True)])
+    def _rate(self, by_name: Mapping[str, Any], param: Tensor) -> Any:
+        rates = [by_name[name] for name in self.names]
+        if all(rate is rates[0] for rate in rates):
+            return rates[0]
+        each = (torch.as_tensor(rate, dtype=param.dtype, device=param.device) for rate in rates)
+        return torch.cat([rate.reshape(1).expand(size) for rate, size in zip(each, self._sizes, strict=True)])
 
 
-def in_parts(names: Sequence[str], params: Tensors, most: int) -> Iterator[list[str]]:
+def in_parts(names: Sequence[str], params: Tensors, most: float) -> Iterator[list[str]]:
     """Yield the names in order, in lists whose parameters have at most `most` elements together, or are one."""
     part: list[str] = []
     size = 0
@@ -102,5 +89,4 @@ def in_parts(names: Sequence[str], params: Tensors, most: int) -> Iterator[list[
             part, size = [], 0
         part.append(name)
         size += params[name].numel()
-    if part:
-        yield part
+    yield part

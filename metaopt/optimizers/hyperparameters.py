@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.optimizers.kinds import Kind
+from metaopt.optimizers.step import number
 
 # Hyperparameter → a value for all groups, a list of one per group, or a mapping from parameter names
 Overrides = Mapping[str, Any]
@@ -18,38 +19,39 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """One parameter group: its hyperparameters and the names of its trained parameters."""
+    """One parameter group at one step.
+
+    Args:
+        hyperparameters: by name; learned ones in their graph.
+        names: of its trained parameters.
+        rates: by parameter, learned ones and 0 (by which torch's own step divides): `lr` is 1, and they scale the step.
+    """
 
     hyperparameters: dict[str, Any]
     names: tuple[str, ...]
+    rates: Mapping[str, Any] | None = None
 
 
-def check_overrides(overrides: Overrides, optimizer: Optimizer, kind: Kind, members: Sequence[Sequence[str]]) -> None:
-    """Raise for hyperparameters that an optimizer does not have, and for ones that cannot be learned.
-
-    Args:
-        overrides: of one step.
-        optimizer, kind: the user's, and what is known of its class.
-        members: the names of the trained parameters of each group.
-    """
-    names, cls = [name for group in members for name in group], type(optimizer).__name__
-    known = [k for k in optimizer.param_groups[0] if k != "params"]
+def check_overrides(overrides: Overrides, groups: Sequence[Group], kind: Kind, cls: str) -> None:
+    """Raise for hyperparameters that an optimizer of this class does not have, and for ones that cannot be learned."""
+    known, names = groups[0].hyperparameters, [name for group in groups for name in group.names]
     for key, value in overrides.items():
         if key not in known:
             raise ConfigError(f"overrides: {cls} has no hyperparameter {key!r}{did_you_mean(key, known)}")
-        if isinstance(value, list) and len(value) != len(members):
+        if isinstance(value, list) and len(value) != len(groups):
             raise ConfigError(
-                f"overrides: {key!r} has {len(value)} values for {len(members)} parameter groups; "
-                "give one value, or a list of one per group"
+                f"overrides: {key!r} has {len(value)} values for {len(groups)} parameter groups; give one value, or a "
+                "list of one per group"
             )
-        unknown = [name for name in value if name not in names] if isinstance(value, Mapping) else []
-        if unknown:
-            raise ConfigError(
-                f"overrides: {key!r} names {unknown[0]!r}, which is no trained parameter"
-                f"{did_you_mean(unknown[0], names)}"
-            )
-        for learned in _in_graph(value):
-            _check_learned(key, learned, kind, cls)
+        by_name = value if isinstance(value, Mapping) else {}
+        for name in by_name:
+            if name not in names:
+                raise ConfigError(
+                    f"overrides: {key!r} names {name!r}, which is no trained parameter{did_you_mean(name, names)}"
+                )
+        for leaf in tree_leaves(list(by_name.values()) or value):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                _check_learned(key, leaf, kind, cls)
 
 
 def _check_learned(key: str, value: Tensor, kind: Kind, cls: str) -> None:
@@ -71,37 +73,29 @@ def _check_learned(key: str, value: Tensor, kind: Kind, cls: str) -> None:
         )
 
 
-def _in_graph(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a graph that an override holds."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        yield value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    for part in parts:
-        yield from _in_graph(part)
-
-
-def with_overrides(groups: list[Group], overrides: Overrides, together: Sequence[str] = ()) -> list[Group]:
+def with_overrides(groups: Sequence[Group], overrides: Overrides, together: Sequence[str] = ()) -> list[Group]:
     """Return the groups of one step; one that gets values by parameter name is split, but for keys in `together`."""
     out = []
     for i, group in enumerate(groups):
         values = {k: v[i] if isinstance(v, list) else v for k, v in overrides.items()}
-        mapped = {k: v for k, v in values.items() if isinstance(v, Mapping)}
-        split = any(k not in together for k in mapped)
+        by_name = {k: v for k, v in values.items() if isinstance(v, Mapping)}
+        split = bool(by_name.keys() - set(together))
         for names in [(name,) for name in group.names] if split else [group.names]:
-            own = {
-                k: {n: v.get(n, group.hyperparameters[k]) for n in names} if not split else v[names[0]]
-                for k, v in mapped.items()
-                if not split or names[0] in v
-            }
-            given = {k: v for k, v in values.items() if k not in mapped}
-            out.append(Group({**group.hyperparameters, **given, **own}, names))
+            own = {**group.hyperparameters, **values}
+            for key, given in by_name.items():
+                each = {name: given.get(name, group.hyperparameters[key]) for name in names}
+                own[key] = each[names[0]] if split else each
+            out.append(Group(own, names))
     return out
 
 
-def rate_scales(group: Group) -> dict[str, Any] | None:
-    """Return by name the rates that scale a step of rate 1: learned ones, and 0, by which torch's own step divides."""
-    rate = group.hyperparameters["lr"]
-    if isinstance(rate, Mapping):
-        return dict(rate)
-    learned = isinstance(rate, Tensor) and rate.requires_grad
-    return dict.fromkeys(group.names, rate) if learned or rate == 0 else None
+def in_graph(group: Group, given: Overrides, linear_in_rate: bool) -> Group:
+    """Return a group as a differentiable step takes it: what was `given` tracked, and the rates apart."""
+    own, rate, rates = dict(group.hyperparameters), group.hyperparameters.get("lr"), None
+    if linear_in_rate and isinstance(rate, Mapping):
+        rates = rate
+    elif linear_in_rate and ((isinstance(rate, Tensor) and rate.requires_grad) or rate == 0):
+        rates = dict.fromkeys(group.names, rate)
+    if rates is not None:
+        own["lr"] = 1.0
+    return Group({k: number(v, True) if k in given else v for k, v in own.items()}, group.names, rates)

@@ -25,8 +25,8 @@ class Kind:
         linear_in_rate: `lr` scales the whole step and nothing else, so that a learned one can enter as that scale.
         elementwise: the step treats every element alike, so that it may be taken on concatenated parameters.
         step: the step as a function; None for the class's own `step()`.
-        proof: (optimizer, kind, rule's constructor) → keys that a step writes into its group; it raises where the step
-            cannot be right. None for what the project's own tests prove.
+        proof: (optimizer, kind) → keys that a step writes into its group; it raises where the step cannot be right.
+            None for what the project's own tests prove.
         reasons: hyperparameter → why it cannot be learned.
     """
 
@@ -34,7 +34,7 @@ class Kind:
     linear_in_rate: bool = True
     elementwise: bool = True
     step: StepFunction | None = None
-    proof: Callable[..., tuple[str, ...]] | None = None
+    proof: Callable[[Optimizer, Kind], tuple[str, ...]] | None = None
     reasons: Mapping[str, str] | None = None
 
 
@@ -84,26 +84,24 @@ def kind_of(optimizer: Optimizer) -> Kind:
         ConfigError: not an optimizer, or one that cannot be differentiated.
         StageError: one with step hooks, which the differentiable step would not run.
     """
+    cls, name = type(optimizer), type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
-            f"the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer over the stage's model, or "
-            "a callable that makes one from parameters: functools.partial(torch.optim.Adam, lr=1e-3)"
+            f"the optimizer is a {name}; give a torch.optim.Optimizer over the stage's model, or a callable that makes "
+            "one from parameters: functools.partial(torch.optim.Adam, lr=1e-3)"
         )
-    cls, name = type(optimizer), type(optimizer).__name__
-    kind = SUPPORTED.get(cls) or registered.get(cls)
+    kind, names = SUPPORTED.get(cls) or registered.get(cls), ", ".join(known.__name__ for known in SUPPORTED)
+    if kind is None and getattr(torch.optim, name, None) is cls:
+        raise ConfigError(
+            f"{name} cannot train a stage: {REFUSED.get(name, 'its hypergradient is not proven')}; use one of {names}, "
+            "for example functools.partial(torch.optim.AdamW, lr=1e-3)"
+        )
     if kind is None:
-        names = ", ".join(known.__name__ for known in SUPPORTED)
-        if getattr(torch.optim, name, None) is cls:
-            reason = REFUSED.get(name, "its hypergradient is not proven")
-            raise ConfigError(
-                f"{name} cannot train a stage: {reason}; use one of {names}, for example "
-                "functools.partial(torch.optim.AdamW, lr=1e-3)"
-            )
         ours = f"take metaopt.{name}, or " if name in ("Muon", "Adafactor") else ""
         raise ConfigError(
             f"{name} is not among the inner optimizers whose hypergradient is proven ({names}); {ours}write "
-            f"metaopt.register_optimizer({name}), which tries it out, or give its update as a function: "
-            f"metaopt.register_optimizer({name}, step=...)"
+            f"metaopt.register_optimizer({name}), which tries it out, or register_optimizer({name}, step=...) with its "
+            "update as a function"
         )
     hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
     if hooks:
@@ -111,17 +109,11 @@ def kind_of(optimizer: Optimizer) -> Kind:
             f"{name} has {hooks} step hook(s), which the differentiable step would not run; remove them, and give what "
             "changes gradients as Stage(..., transform=...)"
         )
-    _refuse_learned_in_groups(optimizer)
+    for key, value in ((key, value) for group in optimizer.param_groups for key, value in group.items()):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if key != "params" and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+            raise ConfigError(
+                f"{name} was given a {key!r} that requires grad, and nothing would reach it; learn it by "
+                f"metaopt.LearnedHyperparameters({key}=...) and Stage(..., overrides=metaopt.FromMeta())"
+            )
     return kind
-
-
-def _refuse_learned_in_groups(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for key, value in group.items():
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if key != "params" and any(isinstance(v, Tensor) and v.requires_grad for v in values):
-                raise ConfigError(
-                    f"{type(optimizer).__name__} was given a {key!r} that requires grad, and nothing would reach it; "
-                    f"learn it as a meta-parameter: metaopt.LearnedHyperparameters({key}=...) and "
-                    "Stage(..., overrides=metaopt.FromMeta())"
-                )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +10,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt.base.errors import ConfigError
-from metaopt.optimizers.step import shallow
+from metaopt.optimizers.step import number, shallow
+
+_EXAMPLE = "torch.optim.lr_scheduler.StepLR, step_size=10"
 
 
 class Schedule:
@@ -26,8 +26,13 @@ class Schedule:
     """
 
     def __init__(self, factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
-        _require_factory(factory)
-        groups = [{**group, "params": [torch.zeros(1)]} for group in copy.copy(optimizer.param_groups)]
+        hint = "give what makes one for the stage's optimizer: schedule=functools.partial("
+        if isinstance(factory, LRScheduler):
+            cls = type(factory).__name__
+            raise ConfigError(f"schedule: a {cls} over an optimizer of its own was given; {hint}{cls}, ...)")
+        if not callable(factory):
+            raise ConfigError(f"schedule: a {type(factory).__name__} was given; {hint}{_EXAMPLE})")
+        groups = [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
         self._before = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self._shadow = shallow(optimizer, groups)
         self._scheduler = factory(self._shadow)
@@ -37,8 +42,7 @@ class Schedule:
             )
         if not hasattr(self._scheduler, "step"):
             raise ConfigError(
-                f"schedule: the factory returned a {type(self._scheduler).__name__}; give a callable that makes a "
-                "scheduler from an optimizer: functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)"
+                f"schedule: the factory returned a {type(self._scheduler).__name__} and no scheduler; {hint}{_EXAMPLE})"
             )
         self._moved = {"lr"}
         self._values = [self._read()]
@@ -62,17 +66,8 @@ class Schedule:
             self._values.append(self._read())
         return self._values[step]
 
-
-def _require_factory(given: Any) -> None:
-    if isinstance(given, LRScheduler):
-        settings = [n for n in inspect.signature(type(given)).parameters if n in vars(given)]
-        shown = [f"{n}={vars(given)[n]!r}" for n in settings if n not in ("optimizer", "last_epoch")] or ["..."]
-        raise ConfigError(
-            f"schedule: a {type(given).__name__} over an optimizer of its own was given; give what makes one for the "
-            f"stage's: schedule=functools.partial({type(given).__name__}, {', '.join(shown)})"
-        )
-    if not callable(given):
-        raise ConfigError(
-            f"schedule: a {type(given).__name__} was given; give what makes a scheduler from an optimizer: "
-            "schedule=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)"
-        )
+    def set(self, optimizer: Optimizer, step: int) -> None:
+        """Give the groups of the user's own optimizer the hyperparameters of the given step."""
+        for key, values in self.at(step).items():
+            for group, value in zip(optimizer.param_groups, values, strict=True):
+                group[key] = number(value)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from metaopt.base.errors import StageError
+from metaopt.optimizers.kinds import StepFunction
 
 
 class TrackedFloat(float):
@@ -73,66 +74,38 @@ for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(TrackedFloat, f"__r{_name}__", _arithmetic(getattr(operator, _name), swapped=True))
 
 
-def tracked(value: Any) -> Any:
-    """Return a hyperparameter as numbers; one that is in a graph (alone, or in a pair of betas) stays in it."""
+def number(value: Any, keep_graph: bool = False) -> Any:
+    """Return a hyperparameter (a pair of betas too) as plain numbers, or as tracked ones where it is in a graph."""
     if isinstance(value, Tensor) and value.numel() == 1:
-        return TrackedFloat(value) if value.requires_grad else value.item()
-    return tuple(map(tracked, value)) if isinstance(value, tuple) else value
+        return TrackedFloat(value) if keep_graph and value.requires_grad else value.item()
+    return tuple([number(v, keep_graph) for v in value]) if isinstance(value, tuple) else value
 
 
-def plain(value: Any) -> Any:
-    """Return a hyperparameter as plain numbers."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+class _Root(torch.autograd.Function):
+    """√x or 1/√x with finite slopes.
 
-
-class _Sqrt(torch.autograd.Function):
-    """Square root with slope 0 at 0, where Adam's first moment is 0 too: a dead unit must not yield NaN."""
+    √x has slope 0 at 0, where Adam's first moment is 0 too: a dead unit must not yield NaN. The slope of 1/√x overflows
+    in float32 at x = 1e-30, and 0 · ∞ is NaN: where the cotangent is 0, so is the result.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, inverse: bool) -> Tensor:
         ctx.set_materialize_grads(False)  # a path that is cut later on must stay None, not become zeros
-        root = x.sqrt()
+        root = x.rsqrt() if inverse else x.sqrt()
         ctx.save_for_backward(root)
+        ctx.inverse = inverse
         return root
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-        (root,) = ctx.saved_tensors
-        return None if grads[0] is None else torch.where(root == 0, 0.0, grads[0] / (2 * root))
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        (root,), (above,) = ctx.saved_tensors, grads
+        if above is None:
+            return None, None
+        if ctx.inverse:
+            return torch.where(above == 0, 0.0, -0.5 * above * root * root * root), None
+        return torch.where(root == 0, 0.0, above / (2 * root)), None
 
 
-class _Rsqrt(torch.autograd.Function):
-    """1/√x whose backward does not overflow: at x = 1e-30 in float32 the slope is infinite, and 0 · ∞ is NaN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        root = x.rsqrt()
-        ctx.save_for_backward(root)
-        return root
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-        (root,) = ctx.saved_tensors
-        return None if grads[0] is None else torch.where(grads[0] == 0, 0.0, -0.5 * grads[0] * root * root * root)
-
-
-_ROOTS = {"sqrt": _Sqrt, "rsqrt": _Rsqrt}
-
-# What torch calls an operation → which formula; a trailing underscore is in place.
-_OPERATIONS = {
-    **{name: name.strip("_") for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow", "pow_")},
-    **{name: name.strip("_") for name in ("lerp", "lerp_", "addcmul", "addcmul_", "addcdiv", "addcdiv_", "neg")},
-    "__rsub__": "rsub",
-    "rsub": "rsub",
-    "__rdiv__": "rdiv",
-    "__rtruediv__": "rdiv",
-    "__rpow__": "rpow",
-    "true_divide": "div",
-    "true_divide_": "div",
-}
 _FORMULAS: dict[str, Callable[..., Any]] = {
     "add": lambda x, y, alpha=1.0: x + alpha * y,
     "sub": lambda x, y, alpha=1.0: x - alpha * y,
@@ -147,79 +120,80 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "addcmul": lambda x, a, b, value=1.0: x + value * a * b,
     "addcdiv": lambda x, a, b, value=1.0: x + value * a / b,
 }
+# What torch calls an operation → its formula
+_IN_PLACE = {f"{name}_": name for name in ("add", "sub", "mul", "div", "pow", "lerp", "addcmul", "addcdiv")}
+_IN_PLACE["true_divide_"] = "div"
+_SWAPPED = {"__rsub__": "rsub", "__rdiv__": "rdiv", "__rtruediv__": "rdiv", "__rpow__": "rpow"}
+_OPERATIONS = {**{name: name for name in _FORMULAS}, **_IN_PLACE, **_SWAPPED, "true_divide": "div"}
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _StayInGraph(TorchFunctionMode):
     """Repairs of a torch optimizer's step that are the same for every optimizer.
 
     `sqrt` has slope 0 at 0, `rsqrt` does not overflow. `detach` (SGD's first momentum buffer) keeps the graph. 0-dim
-    state (`step`, NAdam's
-    `mu_product`) is kept in torch's dtype and read in float64, since torch's own non-differentiable step computes with
-    `.item()`. A `TrackedFloat` is replaced by its tensor.
-
-    Args:
-        forced: for a step that knows nothing of `differentiable`: its `no_grad` and `.data` are overruled.
+    state (`step`, NAdam's `mu_product`) is kept in torch's dtype and read in float64, since torch's own
+    non-differentiable step computes with `.item()`. A `TrackedFloat` is replaced by its tensor.
     """
-
-    def __init__(self, forced: bool = False) -> None:
-        super().__init__()
-        self._forced = forced
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self._forced and func is torch._C._set_grad_enabled:
-            return None
-        if self._forced and func == _GET_DATA:
-            return args[0]
-        if self._forced and func == _SET_DATA:
-            return args[0].copy_(args[1])
-        if self._forced and isinstance(kwargs.get("out"), Tensor):
-            return kwargs["out"].copy_(func(*args, **{k: v for k, v in kwargs.items() if k != "out"}))
-        if name.strip("_") in _ROOTS and args[0].requires_grad:
-            root = _ROOTS[name.strip("_")].apply(args[0].clone() if name.endswith("_") else args[0])
-            return args[0].copy_(root) if name.endswith("_") else root
-        if name == "detach":
-            return args[0].view_as(args[0])
-        learned = any(isinstance(value, TrackedFloat) for value in (*args, *kwargs.values()))
-        if name not in _OPERATIONS:
+        learned = TrackedFloat in map(type, (*args, *kwargs.values()))
+        if name in _OPERATIONS:
             if learned:
-                raise StageError(
-                    f"a learned hyperparameter reaches torch.{name}, through which it cannot be differentiated; pass a "
-                    "float for it"
-                )
-            return func(*args, **kwargs)
+                return _operate(name, args, kwargs)
+            target = args[:1] if name in _IN_PLACE else ()
+            operands = [
+                v.double() if isinstance(v, Tensor) and v.dim() == 0 and v.is_floating_point() else v
+                for v in args[len(target) :]
+            ]
+            return func(*target, *operands, **kwargs)
         if learned:
-            return _operate(name, args, kwargs)
-        if name.endswith("_") and not name.endswith("__"):
-            return func(args[0], *map(_read, args[1:]), **kwargs)
-        found = func(*map(_read, args), **kwargs)
-        is_rate = _OPERATIONS[name] == "mul" and any(isinstance(value, (int, float)) for value in args)
-        if self._forced and is_rate and found.dim() == 0 and found.requires_grad:
+            raise StageError(
+                f"a learned hyperparameter reaches torch.{name}, through which it cannot be differentiated; pass a "
+                "float for it"
+            )
+        if name.removesuffix("_") in ("sqrt", "rsqrt") and args[0].requires_grad:
+            in_place, inverse = name.endswith("_"), name.startswith("r")
+            root: Any = _Root.apply(args[0].clone() if in_place else args[0], inverse)
+            return args[0].copy_(root) if in_place else root
+        return args[0].view_as(args[0]) if name == "detach" else func(*args, **kwargs)
+
+
+class _Forced(_StayInGraph):
+    """The same for a step that knows nothing of `differentiable`: its `no_grad`, `.data` and `out=` are overruled."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            return None
+        if func == _GET_DATA:
+            return args[0]
+        if func == _SET_DATA:
+            return args[0].copy_(args[1])
+        if isinstance((kwargs or {}).get("out"), Tensor):
+            return kwargs["out"].copy_(func(*args, **{k: v for k, v in kwargs.items() if k != "out"}))
+        found = super().__torch_function__(func, types, args, kwargs)
+        by_number = any(isinstance(value, (int, float)) for value in args)
+        if by_number and getattr(func, "__name__", "") == "mul" and found.dim() == 0 and found.requires_grad:
             return TrackedFloat(found)  # made of a norm, and handed to `alpha=`
         return found
-
-
-_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _operate(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Compute an operation that has a learned number among its arguments, by the formula that torch documents."""
     options = {k: _kept(v) for k, v in kwargs.items()}
     result = _FORMULAS[_OPERATIONS[name]](*map(_kept, args), **options)
-    return args[0].copy_(result) if name.endswith("_") and not name.endswith("__") else result
-
-
-def _read(value: Any) -> Any:
-    is_counter = isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
-    return value.double() if is_counter else value
+    return args[0].copy_(result) if name in _IN_PLACE else result
 
 
 def _kept(value: Any) -> Any:
     """Return an operand as autograd may keep it: the step goes on to change its own tensors in place."""
     if isinstance(value, TrackedFloat):
         return value.tensor
-    return _read(value).clone() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return (value.double() if value.dim() == 0 and value.is_floating_point() else value).clone()
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -235,13 +209,10 @@ def with_attributes(cls: type[Optimizer], kept: Mapping[str, Any]) -> Optimizer:
 
 
 def shallow(optimizer: Optimizer, groups: list[dict[str, Any]], differentiable: bool = False) -> Optimizer:
-    """Return an optimizer of the same class over other groups, without running its constructor."""
-    other = with_attributes(type(optimizer), attributes(optimizer))
-    other.state = defaultdict(dict)
-    other.param_groups = groups
+    """Return an optimizer of the same class over other groups, without state."""
     asked = {"differentiable": differentiable} if honours_differentiable(optimizer) else {}
-    other.defaults = {**optimizer.defaults, **asked}
-    return other
+    other = {"state": defaultdict(dict), "param_groups": groups, "defaults": {**optimizer.defaults, **asked}}
+    return with_attributes(type(optimizer), {**attributes(optimizer), **other})
 
 
 def honours_differentiable(optimizer: Optimizer) -> bool:
@@ -253,38 +224,42 @@ GROUP = "group."  # state of this prefix is what a step has written into its gro
 _PERFORMANCE = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
 
 
-def torch_step(
-    optimizer: Optimizer,
-    function: Callable[..., tuple[Tensor, dict[str, Any]]] | None,
-    hyperparameters: Mapping[str, Any],
-    param: Tensor,
-    gradient: Tensor,
-    state: Mapping[str, Any],
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return one tensor and its state after the optimizer's own `step()`, in the graph of all that goes in.
+class TorchStep:
+    """`(param, gradient, state, hyperparameters) → (param, state)`: the optimizer's own `step()` of one tensor.
+
+    The result is in the graph of all that goes in, and nothing of that is changed; nothing is kept of a step.
 
     Args:
-        optimizer: whose class steps.
-        function: steps instead of the class, if not None.
-        hyperparameters: of the group; learned ones as `TrackedFloat`.
-        param, gradient, state: of one tensor; not changed.
+        optimizer: whose class steps, with the attributes that it has now.
+        function: steps instead of the class, if given.
     """
-    if function is not None:
-        with _StayInGraph():
-            return function(param, gradient, state, hyperparameters)
-    honours = honours_differentiable(optimizer)
-    param = param.clone()
-    param.grad = gradient if honours else gradient.clone()
-    group = {k: _PERFORMANCE.get(k, v) for k, v in hyperparameters.items()}
-    copies = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
-    group |= {k.removeprefix(GROUP): copies.pop(k) for k in state if k.startswith(GROUP)}
-    stepper = shallow(optimizer, [{**group, "params": [param]}], differentiable=True)
-    if copies:  # which the step may change in place
-        stepper.state[param] = copies
-    # what autograd has saved may be changed in place too
-    saving = nullcontext() if honours else saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
-    with _StayInGraph(forced=not honours), saving:
-        stepper.step()
-    after = {GROUP + k: v for k, v in stepper.param_groups[0].items() if k != "params"}
-    written = {k: v for k, v in after.items() if k in state or k.removeprefix(GROUP) not in group}
-    return param, {**stepper.state[param], **written}
+
+    def __init__(self, optimizer: Optimizer, function: StepFunction | None = None) -> None:
+        self._template, self._function = shallow(optimizer, [], differentiable=True), function
+        self._honours = honours_differentiable(optimizer)
+        self._mode = _StayInGraph() if self._honours or function is not None else _Forced()
+
+    def __call__(
+        self, param: Tensor, gradient: Tensor, state: Mapping[str, Any], hyperparameters: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the tensor and its state after the step; learned hyperparameters come as `TrackedFloat`."""
+        if self._function is not None:
+            with self._mode:
+                return self._function(param, gradient, state, hyperparameters)
+        param = param.clone()
+        param.grad = gradient if self._honours else gradient.clone()
+        group = {k: _PERFORMANCE.get(k, v) for k, v in hyperparameters.items()}
+        copies = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+        for key in state:
+            if key.startswith(GROUP):
+                group[key.removeprefix(GROUP)] = copies.pop(key)
+        group["params"] = [param]
+        stepper = with_attributes(type(self._template), {**vars(self._template), "param_groups": [group]})
+        stepper.state = defaultdict(dict, {param: copies} if copies else {})
+        # what autograd has saved may be changed in place too
+        saving = nullcontext() if self._honours else saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
+        with self._mode, saving:
+            stepper.step()
+        after = {GROUP + k: v for k, v in group.items() if k != "params"}
+        written = {k: v for k, v in after.items() if k in state or k.removeprefix(GROUP) not in hyperparameters}
+        return param, {**stepper.state[param], **written}
