@@ -86,8 +86,8 @@ from .models.hugging_face import from_pretrained as from_pretrained
 from .models.small import MLP as MLP
 from .models.small import encoder_decoder as encoder_decoder
 from .models.small import pretrained_encoder_decoder as pretrained_encoder_decoder
-from .slots.adafactor import Adafactor as Adafactor
-from .slots.muon import Muon as Muon
+from .slots.optimizers import Adafactor as Adafactor
+from .slots.optimizers import Muon as Muon
 from .slots.register import register_optimizer as register_optimizer
 from .slots.transforms import ClipNorm as ClipNorm
 from .slots.transforms import ClipValue as ClipValue

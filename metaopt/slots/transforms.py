@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import matching
+from metaopt.optimizers.flattened import Tensors
 
-Tensors = dict[str, Tensor]
 
-
+@dataclass(frozen=True)
 class ClipNorm:
     """Scale all gradients of a step so that their joint norm is at most `max_norm`; differentiated through.
 
@@ -26,13 +26,12 @@ class ClipNorm:
         norm_type: p of the p-norm; `inf` for the largest entry.
     """
 
-    def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
-        if not (max_norm > 0 and norm_type > 0):
-            raise ConfigError(f"ClipNorm: max_norm={max_norm} and norm_type={norm_type} must be above 0")
-        self.max_norm, self.norm_type = float(max_norm), float(norm_type)
+    max_norm: float
+    norm_type: float = 2.0
 
-    def __repr__(self) -> str:
-        return f"ClipNorm(max_norm={self.max_norm}, norm_type={self.norm_type})"
+    def __post_init__(self) -> None:
+        if not (self.max_norm > 0 and self.norm_type > 0):
+            raise ConfigError(f"{self}: max_norm and norm_type must be above 0")
 
     def __call__(self, gradients: Tensors) -> Tensors:
         """Return the clipped gradients, by the same names."""
@@ -44,22 +43,18 @@ class ClipNorm:
         return {name: g * scale.to(g) for name, g in gradients.items()}
 
 
+@dataclass(frozen=True)
 class ClipValue:
     """Clip every entry of every gradient to [−value, value], as `torch.nn.utils.clip_grad_value_`.
 
-    The derivative is 1 inside and 0 outside.
-
-    Args:
-        value: above 0.
+    The derivative is 1 inside and 0 outside; `value` is above 0.
     """
 
-    def __init__(self, value: float) -> None:
-        if not value > 0:
-            raise ConfigError(f"ClipValue: value={value} must be above 0")
-        self.value = float(value)
+    value: float
 
-    def __repr__(self) -> str:
-        return f"ClipValue({self.value})"
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise ConfigError(f"{self}: value must be above 0")
 
     def __call__(self, gradients: Tensors) -> Tensors:
         """Return the clipped gradients, by the same names."""
