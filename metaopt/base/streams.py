@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -114,6 +114,41 @@ class BatchStream:
             self._generator_states = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, before, strict=True):
                 generator.set_state(state)
+
+
+class Passing(Sequence[list[Any]]):
+    """The batches of a stream's next steps, drawn when a step asks for its own: the stream moves along.
+
+    Only the last step's are held. Asking for an earlier step goes back to where the first one began.
+
+    Args:
+        stream: to draw from.
+        num_steps, per_step: how many steps there are, and batches of each.
+        fit: batches as the stream has them → as they are handed on.
+    """
+
+    def __init__(
+        self, stream: BatchStream, num_steps: int, per_step: int, fit: Callable[[list[Any]], list[Any]]
+    ) -> None:
+        self._stream, self._num_steps, self._per_step, self._fit = stream, num_steps, per_step, fit
+        self._start, self._step, self._last = stream.state_dict(), -1, []
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, t: Any) -> Any:
+        if t < self._step:
+            self.rewind()
+        while self._step < t:
+            self._last = self._fit(self._stream.peek(self._per_step))
+            self._stream.advance(self._per_step)
+            self._step += 1
+        return self._last
+
+    def rewind(self) -> None:
+        """Put the stream back to where the first step began."""
+        self._stream.load_state_dict(self._start)
+        self._step = -1
 
 
 def _generators_of(batches: Any) -> list[torch.Generator]:

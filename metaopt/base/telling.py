@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,16 +16,13 @@ from metaopt.base.errors import ConfigError, tell, was_told
 
 BENEATH = {"torch", "numpy", *sys.stdlib_module_names}
 LIBRARIES = {"metaopt", "higher", "transformers", "peft", "accelerate", "hydra", "omegaconf", *BENEATH}
-_MOST_NAMES = 12
 
 
 class telling:  # noqa: N801  # reads as a statement: `with telling(...)`
     """Note on an exception that passes where it was raised, and the user's own lines on its way; once.
 
-    What is not an `Exception` (KeyboardInterrupt) passes untouched. Costs nothing while all is well.
-
-    Args:
-        where: returns the line that says which part of what was called, and with what.
+    What is not an `Exception` (KeyboardInterrupt) passes untouched. `where` returns the line that says which part of
+    what was called, and with what; it is called only if something is raised.
     """
 
     __slots__ = ("_where",)
@@ -37,22 +34,15 @@ class telling:  # noqa: N801  # reads as a statement: `with telling(...)`
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not was_told(error):
-            tell(error, "\n".join([f"raised in {self._where()}{_hint(error)}", *_own_lines(trace)]))
-
-
-def _hint(error: Exception) -> str:
-    """Return what is known of errors that torch words for its own developers."""
-    if "device-side assert" in str(error):
-        return "; most often a label or token is beyond the model's classes or vocabulary: the CPU says which"
-    return ""
-
-
-def _own_lines(trace: TracebackType | None) -> list[str]:
-    """Return the lines of a traceback that are no library's, outermost first."""
-    frames = [(frame, line) for frame, line in traceback.walk_tb(trace) if not is_library(frame)]
-    shown = [traceback.FrameSummary(f.f_code.co_filename, line, f.f_code.co_name) for f, line in frames]
-    return [f"  {_relative(f.filename)}:{f.lineno}, in {f.name}: {f.line}" for f in shown]
+        if not isinstance(error, Exception) or was_told(error):
+            return
+        hint = ""  # of an error that torch words for its own developers
+        if "device-side assert" in str(error):
+            hint = "; most often a label or token is beyond the model's classes or vocabulary: the CPU says which"
+        frames = [(frame, line) for frame, line in traceback.walk_tb(trace) if not is_library(frame)]
+        lines = [traceback.FrameSummary(f.f_code.co_filename, line, f.f_code.co_name) for f, line in frames]
+        shown = [f"  {_relative(f.filename)}:{f.lineno}, in {f.name}: {f.line}" for f in lines]
+        tell(error, "\n".join([f"raised in {self._where()}{hint}", *shown]))
 
 
 def is_library(frame: FrameType) -> bool:
@@ -83,16 +73,12 @@ def described(batch: Any) -> str:
 
 def taken_by(module: nn.Module) -> str:
     """Return what a model's forward takes, in words."""
-    names = [str(p).split(":")[0].split("=")[0].strip() for p in _parameters(module.forward)]
-    shown = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
-    return f"{type(module).__name__} takes ({shown})"
-
-
-def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
     try:
-        return iter(inspect.signature(function).parameters.values())
+        taken = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):
-        return iter(())
+        taken = ()
+    names = [str(p).split(":")[0].split("=")[0].strip() for p in taken]
+    return f"{type(module).__name__} takes ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})"
 
 
 def require_arguments(function: Any, names: tuple[str, ...], where: str) -> None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, StageError, did_you_mean
 from metaopt.base.streams import move
-from metaopt.core.contracts import InnerLoss
+from metaopt.core.contracts import InnerLoss, OnStep
 from metaopt.core.graphs import sign
-from metaopt.core.guards import note_moved_buffers
+from metaopt.core.guards import note_moved_buffers, refuse_unusable
 from metaopt.core.inner_loop import InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, as_named, named_tensors
+from metaopt.core.plain import train_plainly
 from metaopt.core.stage import Stage
-from metaopt.core.structure import ModelStructure, held
-from metaopt.core.view import FunctionalModel, Models
-
-_CHUNK = 64  # steps of plain training between two looks ahead in the data
+from metaopt.core.view import FunctionalModel, Models, held
 
 
 class TrainedChain(Mapping[str, FunctionalModel]):
@@ -63,32 +61,31 @@ class Chain:
     def __init__(self, **stages: Stage) -> None:
         if not stages:
             raise ConfigError("Chain: no stages; give at least one: Chain(model=Stage(...))")
-        earlier: list[str] = []
+        self.stages = dict(stages)
+        self.owners: dict[int, str] = {}  # id → `stage.name`, of every parameter of the stages' own modules
+        self._checked: list[Any] = []  # what was found usable
+        self._version = object()  # of the chain's state; a new one whenever it moves
+        earlier: dict[str, nn.Module] = {}
         for name, stage in stages.items():
             if not isinstance(stage, Stage):
                 raise ConfigError(f"Chain: {name!r} is a {type(stage).__name__}, not a Stage")
-            for reader in (stage.loss, stage._source):
+            for reader in (stage.loss, stage.batches):
                 for read in getattr(reader, "reads", ()):
                     if read not in earlier:
                         raise ConfigError(
                             f"stage {name!r}: {type(reader).__name__} reads stage {read!r}, which does not come before "
                             f"it{did_you_mean(read, earlier)}"
                         )
-            problem = None
-            if isinstance(stage.loss, InnerLoss):
-                problem = stage.loss.problem_with(stage.model, {above: stages[above].model for above in earlier})
-            if problem:
+            if isinstance(stage.loss, InnerLoss) and (problem := stage.loss.problem_with(stage.model, earlier)):
                 raise ConfigError(f"stage {name!r}: {problem}")
-            earlier.append(name)
-        self.stages = dict(stages)
-        self._refuse_shared_parameters()
-        self._version = object()  # of the chain's state; a new one whenever it moves
+            earlier[name] = stage.model
+        self._note_owners()
 
-    def _refuse_shared_parameters(self) -> None:
-        owner: dict[int, str] = {}
+    def _note_owners(self) -> None:
+        self.owners = {}
         for name, stage in self.stages.items():
             for param_name, param in stage.structure.params.items():
-                other = owner.setdefault(id(param), name)
+                other = self.owners.setdefault(id(param), f"{name}.{param_name}").partition(".")[0]
                 if other != name:
                     raise ConfigError(
                         f"stages {other!r} and {name!r} share the parameter {param_name!r}, so committing one would "
@@ -107,22 +104,20 @@ class Chain:
         bits. Under `torch.no_grad()` it is a plain sweep of the same steps.
         """
         meta_params = as_modules(meta_params)
-        with self._held(meta_params):
-            return self._unroll(meta_params)
-
-    def _unroll(self, meta_params: AnyMetaParameters) -> TrainedChain:
-        owners = self._owners_apart_from(meta_params)
+        self.check(meta_params)
         results: dict[str, InnerResult] = {}
         models = Models()
-        for name, stage in self.stages.items():
-            loop = stage.begin(name, models, owners)
-            if torch.is_grad_enabled():
-                results[name] = stage.estimator.differentiate(loop, meta_params, models)
-                note_moved_buffers(results[name].model)
-                sign(results[name].model.params.values(), self, name)
-            else:
-                results[name] = loop.run_without_graph(meta_params, models)
-            models = Models({**models, name: results[name].model})
+        with self._held(meta_params):
+            for name, stage in self.stages.items():
+                loop = stage.begin(name, models, self.owners)
+                if torch.is_grad_enabled():
+                    results[name] = stage.estimator.differentiate(loop, meta_params, models)
+                    sign(results[name].model.params.values(), self, name)
+                    if stage.structure.unsaid is None:  # looked at once, since an accelerator is waited for
+                        note_moved_buffers(results[name].model)
+                else:
+                    results[name] = train_plainly(loop, meta_params, models)
+                models = Models({**models, name: results[name].model})
         return TrainedChain(results, self._version)
 
     def commit(self, trained: TrainedChain, stages: Iterable[str] | None = None) -> None:
@@ -153,9 +148,11 @@ class Chain:
         self,
         meta_params: AnyMetaParameters,
         num_steps: int | Mapping[str, int] | None = None,
-        on_step: Callable[[str, int, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> TrainedChain:
         """Train the stages one after the other with plain `torch.optim`, without a graph, and commit each.
+
+        A stage whose training fails stays as it was before; those before it have moved.
 
         Args:
             meta_params: read, never changed.
@@ -165,51 +162,28 @@ class Chain:
         Returns:
             The trained models, without a graph; there is nothing left to commit.
         """
-        owners = self._owners_apart_from(meta_params)
+        meta_params = as_modules(meta_params)
+        self.check(meta_params)
         steps = self._steps_of(num_steps)
         self._version = object()
         results: dict[str, InnerResult] = {}
         models = Models()
         with self._held(meta_params):
             for name, stage in self.stages.items():
-                results[name] = self._train_stage(name, stage, meta_params, models, owners, steps[name], on_step)
+                results[name] = stage.train(name, meta_params, models, self.owners, steps[name], on_step)
                 models = Models({**models, name: results[name].model})
         return TrainedChain(results, version=None)
 
     def _steps_of(self, num_steps: int | Mapping[str, int] | None) -> dict[str, int]:
-        if isinstance(num_steps, Mapping):
-            self._select(num_steps)
-            steps = {name: num_steps.get(name, stage.num_steps) for name, stage in self.stages.items()}
-        else:
-            steps = {n: stage.num_steps if num_steps is None else num_steps for n, stage in self.stages.items()}
-        for name, count in steps.items():
-            if not isinstance(count, int) or count < 0:
+        given = num_steps if isinstance(num_steps, Mapping) else dict.fromkeys(self.stages, num_steps)
+        self._select(given)
+        steps = {}
+        for name, stage in self.stages.items():
+            count = given.get(name)
+            steps[name] = stage.num_steps if count is None else count
+            if not isinstance(steps[name], int) or steps[name] < 0:
                 raise ConfigError(f"train: num_steps={count!r} of stage {name!r} must be a whole number from 0")
         return steps
-
-    @staticmethod
-    def _train_stage(
-        name: str,
-        stage: Stage,
-        meta_params: AnyMetaParameters,
-        models: Models,
-        owners: Mapping[int, str],
-        steps: int,
-        on_step: Callable[[str, int, Tensor], None] | None,
-    ) -> InnerResult:
-        losses = []
-        written = stage.draw_batches(models, steps, name) if stage.written_once else None
-        result = None
-        for start in range(0, max(steps, 1), _CHUNK):
-            count = min(_CHUNK, steps - start)
-            batches = written[start * stage.accumulate :][: count * stage.accumulate] if written is not None else None
-            loop = stage.begin(name, models, owners, count, batches, offset=start, total=steps)
-            counted = None if on_step is None else lambda n, t, loss, s=start: on_step(n, s + t, loss)
-            result = loop.run_without_graph(meta_params, models, counted)
-            stage.commit(result)
-            losses.append(result.losses)
-        assert result is not None
-        return InnerResult(result.model, torch.cat(losses), steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return every stage's weights, optimizer state, stream position and random state."""
@@ -234,28 +208,35 @@ class Chain:
 
     def _held(self, meta_params: AnyMetaParameters | None = None) -> AbstractContextManager[None]:
         """Keep the stages' modules, and meta-parameters, to this thread: no other one may lend them tensors."""
-        own = [stage.structure for stage in self.stages.values()]
-        return held([*own, *map(ModelStructure, as_named(meta_params or {}).values())])
+        roots = [*(stage.model for stage in self.stages.values()), *as_named(meta_params or {}).values()]
+        return held(module for root in roots for module in root.modules())
 
-    def _owners_apart_from(self, meta_params: AnyMetaParameters) -> dict[int, str]:
-        """Return `id` → name of every stage's own parameters, after checking that none is a meta-parameter."""
+    def check(self, meta_params: AnyMetaParameters) -> None:
+        """Refuse, before any training, what cannot be unrolled; again only if a module or a slot has changed."""
         if torch.is_inference_mode_enabled():
             raise StageError("inference mode keeps tensors out of any graph for good; use torch.no_grad() instead")
+        modules = as_named(meta_params)
+        now: list[Any] = [*modules]
+        for module in modules.values():
+            now.append(type(module))
+            for tensor in (*module.parameters(), *module.buffers()):
+                now += [id(tensor), type(tensor), tensor.requires_grad]
+        for stage in self.stages.values():
+            now += [_as_it_is(stage.model), stage.estimator, stage.overrides, stage.initial, stage.transform]
+        if now == self._checked:
+            return
+        self._note_owners()
+        for name, module in modules.items():
+            refuse_unusable(module, f"meta-parameters {name!r}" if name else "meta-parameters")
         for name, stage in self.stages.items():
-            stage.check_meta_params(meta_params)
-            stage.estimator.check(name, stage)
-        owners = {
-            id(param): f"{stage_name}.{name}"
-            for stage_name, stage in self.stages.items()
-            for name, param in stage.structure.params.items()
-        }
-        for name, tensor in named_tensors(meta_params).items():
-            if id(tensor) in owners:
+            stage.check(name, meta_params)
+        for name, tensor in named_tensors(modules).items():
+            if id(tensor) in self.owners:
                 raise ConfigError(
-                    f"meta-parameter {name!r} is the parameter {owners[id(tensor)]!r} of a stage's own model, which "
-                    "commit would overwrite with inner-trained weights; give a copy: copy.deepcopy(model)"
+                    f"meta-parameter {name!r} is the parameter {self.owners[id(tensor)]!r} of a stage's own model, "
+                    "which commit would overwrite with inner-trained weights; give a copy: copy.deepcopy(model)"
                 )
-        return owners
+        self._checked = now
 
     def _select(self, stages: Iterable[str] | None) -> list[str]:
         names = [stages] if isinstance(stages, str) else list(self.stages if stages is None else stages)
@@ -263,3 +244,16 @@ class Chain:
             if name not in self.stages:
                 raise ConfigError(f"no stage {name!r}{did_you_mean(name, self.stages)}")
         return names
+
+
+def _as_it_is(module: nn.Module) -> Hashable:
+    """Return what tells whether a module is as it was: submodules, attributes, hooks, parameters and their freezing."""
+    seen: list[Hashable] = []
+    for m in module.modules():
+        seen += [type(m), *map(id, vars(m).values()), *map(id, m._modules.values()), *map(id, m._parameters.values())]
+        seen += [len(m._forward_pre_hooks), len(m._backward_hooks), len(m._backward_pre_hooks)]
+        for p in m._parameters.values():
+            if p is not None:
+                hooks = len(p._backward_hooks or ()), len(getattr(p, "_post_accumulate_grad_hooks", None) or ())
+                seen += [type(p), p.dtype, p.requires_grad, *hooks]
+    return tuple(seen)

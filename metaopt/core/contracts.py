@@ -13,15 +13,17 @@ from metaopt.base.errors import StageError
 from metaopt.base.telling import described, taken_by, telling
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import FunctionalModel
+from metaopt.core.view import Tensors as Tensors
 
 if TYPE_CHECKING:
     from metaopt.core.inner_loop import InnerLoop, InnerResult
 
-Tensors = dict[str, Tensor]
 Upstream = Mapping[str, FunctionalModel]
+Trained = Mapping[str, FunctionalModel]
+Gradients = Mapping[str, Tensor | None]  # of the parameters that a loss does not use: None
 Transform = Callable[[Tensors], Tensors]
 LossFunction = Callable[[Any, Any, AnyMetaParameters, Upstream], Tensor]
-Trained = Mapping[str, FunctionalModel]
+OnStep = Callable[[str, int, Tensor], None]  # stage, step, detached loss
 
 
 class Estimator(ABC):
@@ -68,34 +70,12 @@ class InnerLoss(ABC):
         """
 
     def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
-        """Say why this loss cannot work with these models, before any training; None if it can.
-
-        Args:
-            model: the stage's own module.
-            upstream: name → module of every earlier stage, in order.
-        """
+        """Say why this loss cannot work with these modules (upstream: by name), before any training; None if it can."""
         return None
 
 
-def require_scalar(loss: Any, where: str, needs_graph: bool = True) -> Tensor:
-    """Return `loss` if it is a scalar tensor (in the graph); raise what is wrong with it otherwise."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise StageError(f"{where} must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
-    if needs_graph and torch.is_grad_enabled() and not loss.requires_grad:
-        raise StageError(
-            f"{where} returned a tensor without a graph: something in it ran under torch.no_grad(), was detached, or "
-            "was rebuilt with torch.tensor(...); compute it from the model that is handed in. At which line, says "
-            "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
-        )
-    return loss.reshape(())
-
-
 class MetaObjective(ABC):
-    """What the meta-parameters minimise: the plug-in point that users subclass.
-
-    `reads` names the stages it looks at, so that a misspelt one is found before any training.
-    """
+    """What the meta-parameters minimise: the plug-in point that users subclass; `reads` as of an inner loss."""
 
     reads: tuple[str, ...] = ()
 
@@ -108,17 +88,6 @@ class MetaObjective(ABC):
             batch: of the validation stream.
             meta_params: a tensor, a module or a named mapping.
         """
-
-
-def evaluate(objective: Any, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-    """Return the meta-loss; what the objective raises is told with the batch and the models that it was given."""
-
-    def said() -> str:
-        models = ", ".join(f"stage {name!r}: {taken_by(model.structure.module)}" for name, model in trained.items())
-        return f"the meta-objective {type(objective).__name__}, on {described(batch)}; {models}"
-
-    with telling(said):
-        return objective(trained, batch, meta_params)
 
 
 class HandOver(ABC):
@@ -138,3 +107,28 @@ class HandOver(ABC):
     @abstractmethod
     def write(self, upstream: Upstream, batches: Sequence[Any]) -> Sequence[Any]:
         """Return one batch for each of these, written by the upstream models."""
+
+
+def evaluate(objective: Any, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
+    """Return the meta-loss; what the objective raises is told with the batch and the models that it was given."""
+
+    def said() -> str:
+        models = ", ".join(f"stage {name!r}: {taken_by(model.structure.module)}" for name, model in trained.items())
+        return f"the meta-objective {type(objective).__name__}, on {described(batch)}; {models}"
+
+    with telling(said):
+        return objective(trained, batch, meta_params)
+
+
+def require_scalar(loss: Any, where: str, needs_graph: bool = True) -> Tensor:
+    """Return `loss` if it is a scalar tensor (in the graph); raise what is wrong with it otherwise."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise StageError(f"{where} must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
+    if needs_graph and torch.is_grad_enabled() and not loss.requires_grad:
+        raise StageError(
+            f"{where} returned a tensor without a graph: something in it ran under torch.no_grad(), was detached, or "
+            "was rebuilt with torch.tensor(...); compute it from the model that is handed in. At which line, says "
+            "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params))"
+        )
+    return loss.reshape(())

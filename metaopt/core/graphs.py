@@ -1,4 +1,4 @@
-"""The autograd graph of an inner loss: where it ends, what it reaches, and whose parameters those are."""
+"""The autograd graph of an inner loss: where it ends, what it reaches, and what in it is refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.core.view import FunctionalModel, Models
+from metaopt.base.errors import StageError
+from metaopt.core.view import RECOMPUTES, FunctionalModel, Models, Tensors
 
-Tensors = dict[str, Tensor]
 _OF = "trained by metaopt"  # in the metadata of the nodes of trained weights: chain, stage
 
 
@@ -25,7 +25,7 @@ class _Boundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors)
+        return tuple(map(Tensor.view_as, tensors, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -48,7 +48,7 @@ def behind_boundary(
     below: list[Tensor] = []
     for stage, model in upstream.items():
         bounded = _bounded(model.params)
-        models[stage] = model._with({**model.params, **bounded})
+        models[stage] = model.with_params({**model.params, **bounded})
         below += list(bounded.values())[:1] if stage in joint else []
     return {**params, **_bounded(params, below)}, models
 
@@ -60,9 +60,9 @@ def _bounded(tensors: Mapping[str, Tensor], below: Collection[Tensor] = ()) -> T
 
 def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[str]:
     """Return the upstream stages whose boundary a loss reaches, each behind a node of its own."""
-    reached = set(nodes([loss]))
+    reached = nodes([loss])
     boundaries = {stage: {p.grad_fn for p in model.params.values()} - {None} for stage, model in upstream.items()}
-    return [stage for stage, own in boundaries.items() if own & reached]
+    return [stage for stage, own in boundaries.items() if not own.isdisjoint(reached)]
 
 
 def sign(weights: Iterable[Tensor], chain: object, stage: str) -> None:
@@ -78,22 +78,21 @@ def signatures(loss: Tensor) -> set[tuple[Any, str]]:
     return {(chain, stage) for reference, stage in filter(None, found) if (chain := reference()) is not None}
 
 
-def _is_boundary(node: Any) -> bool:
-    return type(node).__name__ == "_BoundaryBackward"
-
-
-def nodes(heads: Iterable[Tensor], ends: Callable[[Any], bool] = _is_boundary) -> Iterator[Any]:
-    """Yield the nodes of the graph of some tensors, up to the boundary and with it."""
-    seen: set[Any] = set()
-    stack: list[Any] = [head.grad_fn for head in heads]
+def nodes(heads: Iterable[Tensor | None], ends: Callable[[Any], bool] | None = None) -> dict[Any, None]:
+    """Return the nodes of the graph of some tensors, up to where it `ends` and with that: at boundaries, by default."""
+    found: dict[Any, None] = {}
+    stack: list[Any] = []
+    for head in heads:
+        stack.append(None if head is None else head.grad_fn)
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node is None or node in found:
             continue
-        seen.add(node)
-        yield node
-        if not ends(node):
-            stack += [parent for parent, _ in node.next_functions]
+        found[node] = None
+        if type(node).__name__ != "_BoundaryBackward" if ends is None else not ends(node):
+            for parent, _ in node.next_functions:
+                stack.append(parent)
+    return found
 
 
 def entries(gradient: Tensor) -> Tensor:
@@ -106,11 +105,82 @@ def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
     return (node.variable for node in nodes([loss]) if hasattr(node, "variable"))
 
 
-def foreign_parameters(loss: Tensor, owners: Mapping[int, str]) -> list[str]:
-    """Name the modules' own parameters that a loss reaches directly, past the differentiable copies.
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+def refuse_graph(loss: Tensor, owners: Mapping[int, str], stage: str) -> None:
+    """Raise if a loss runs through modules' own weights, past the differentiable copies, or recomputes its forward.
 
     Args:
         loss: an inner loss whose parameters stand behind a boundary.
         owners: `id(parameter)` → its name, for every parameter of every stage's own module.
+        stage: for the message.
     """
-    return sorted({owners[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in owners})
+    foreign = set()
+    for node in nodes([loss]):
+        if type(node).__name__ == "CheckpointFunctionBackward":  # reentrant: `autograd.grad` does not see its weights
+            raise StageError(f"stage {stage!r}: {RECOMPUTES}")
+        foreign.add(owners.get(id(getattr(node, "variable", None))))
+    if foreign := sorted(foreign - {None}):
+        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise StageError(
+            f"the loss of stage {stage!r} reaches the weights of a user's own module ({shown}), which this unroll does "
+            "not train; call the `model` and `upstream[...]` that the loss is handed instead"
+        )
+
+
+def refuse_single_derivative(gradients: Mapping[Any, Tensor | None], stage: str) -> None:
+    """Raise if a gradient, in its graph, was computed by something that cannot be differentiated again.
+
+    At `@once_differentiable` torch raises in `backward()` alone: `autograd.grad` walks past, and the second derivative
+    is lost.
+    """
+    for node in nodes(gradients.values()):
+        problem = _ONCE.get(node.name())
+        if problem:
+            raise StageError(
+                f"stage {stage!r}: the inner loss has no second derivative, since it runs through "
+                f"{problem}{_operation(node)}, or take "
+                "estimator=metaopt.Checkpointed(product=metaopt.FiniteDifference()), which needs first ones only"
+            )
+
+
+_NOT_IMPLEMENTED = "torch::autograd::NotImplemented"
+_ONCE = {
+    "CdistBackwardBackward0": "torch.cdist: write (x[:, None] - y).square().sum(-1).sqrt()",
+    "EmbeddingBagBackwardBackward0": "nn.EmbeddingBag: write nn.Embedding(...)(ids).mean(1)",
+    _NOT_IMPLEMENTED: "an operation of which torch has the first derivative only: write it in others",
+    "torch::autograd::Error": "a torch.autograd.Function whose backward is marked @once_differentiable: write it in "
+    "differentiable operations",
+    "CompiledFunctionBackwardBackward": "a function compiled by torch.compile: give the stage the uncompiled one",
+}
+
+
+def _operation(node: Any) -> str:
+    """Return which operation a node stands for that only raises: it says so when it is run."""
+    try:
+        return "" if node.name() != _NOT_IMPLEMENTED else str(node(torch.zeros(())))
+    except RuntimeError as error:
+        return f" ({error})"
+
+
+def refuse_given_weights(loss: Tensor, stage: str) -> None:
+    """Raise if the first derivative of a loss takes weights as given that are computed from the losses.
+
+    It is no function's gradient then, and its Jacobian is not symmetric.
+    """
+    if any(type(node).__name__ == "_GivenWeightsBackward" for node in nodes([loss])):
+        raise StageError(
+            f"stage {stage!r}: FiniteDifference takes the Jacobian of the inner gradient to be symmetric; with weights "
+            "computed from the losses (WeightNetwork), which that gradient takes as given, it is not. Use "
+            "product=metaopt.DoubleBackward()"
+        )
+
+
+def refuse_second_derivative(node: str, instead: str) -> None:
+    """Raise if the running backward is to leave a graph (create_graph=True), in which `node` would be missing."""
+    if torch.is_grad_enabled():
+        raise StageError(
+            f"{node}: create_graph=True asks for the hypergradient's own graph, and this node has none, so that a "
+            f"second derivative would leave it out; {instead}"
+        )

@@ -22,9 +22,9 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
     """
     meta_loss = require_scalar(meta_loss, "the meta-objective", needs_graph=False)
     tensors = named_tensors(meta_params)
-    if not bool(meta_loss.detach().isfinite()):
+    if not bool(meta_loss.isfinite()):
         raise NonFiniteError(
-            f"the meta-loss is {meta_loss.detach().item()}: the trained models overflowed on the validation batch; "
+            f"the meta-loss is {meta_loss.item()}: the trained models overflowed on the validation batch; "
             "lower the inner learning rate or the number of inner steps. No meta-parameter was changed"
         )
     if not tensors:
@@ -37,16 +37,14 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
     if not meta_loss.requires_grad:
         raise _missing(list(tensors), "the meta-loss has no graph at all")
     grads = torch.autograd.grad(meta_loss, list(tensors.values()), retain_graph=retain_graph, allow_unused=True)
-    missing = [name for name, grad in zip(tensors, grads, strict=True) if grad is None]
-    if missing:
-        raise _missing(missing, "no path of the graph leads from it to the meta-loss")
     found = {name: grad for name, grad in zip(tensors, grads, strict=True) if grad is not None}
-    broken = [name for name, grad in found.items() if not bool(entries(grad).isfinite().all())]
-    if broken:
+    if missing := [name for name in tensors if name not in found]:
+        raise _missing(missing, "no path of the graph leads from it to the meta-loss")
+    if broken := [name for name, grad in found.items() if not bool(entries(grad).isfinite().all())]:
         raise NonFiniteError(
             f"the hypergradient of {', '.join(map(repr, broken))} is not finite though the meta-loss is "
-            f"{meta_loss.detach().item():.6g}: look for a division by zero or a root at zero in a loss, or lower the "
-            "inner learning rate. metaopt.locate_non_finite(...) says where it arises. No meta-parameter was changed"
+            f"{meta_loss.item():.6g}: look for a division by zero or a root at zero in a loss, or lower the inner "
+            "learning rate. metaopt.locate_non_finite(...) says where it arises. No meta-parameter was changed"
         )
     return found
 

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from metaopt.base.errors import NonFiniteError, StageError
 from metaopt.base.random_state import seeded
 from metaopt.base.telling import described, taken_by, telling
-from metaopt.core.contracts import InnerLoss, LossFunction, Tensors, Transform, Upstream, require_scalar
-from metaopt.core.graphs import foreign_parameters
-from metaopt.core.guards import naming_inference_tensors, refuse_recomputation, refuse_single_derivative
+from metaopt.core.contracts import Gradients, InnerLoss, LossFunction, Tensors, Transform, Upstream, require_scalar
+from metaopt.core.graphs import refuse_graph, refuse_single_derivative
 from metaopt.core.meta_params import AnyMetaParameters, as_given
-from metaopt.core.non_finite import first_in_training
-from metaopt.core.plain import PlainSteps
-from metaopt.core.structure import ModelStructure
-from metaopt.core.view import Call, FunctionalModel, InnerModel, Models, Training
+from metaopt.core.plain import first_in_training
+from metaopt.core.view import Call, FunctionalModel, InnerModel, ModelStructure, Training
 from metaopt.optimizers.flattened import State
 from metaopt.optimizers.rule import UpdateRule
 
@@ -47,21 +44,12 @@ class InnerLoop:
     """T inner steps of one stage from its present state, with everything fixed that a replay must repeat.
 
     Args:
-        name: the stage's, for messages.
-        structure: of the stage's module.
-        rule: its update rule.
-        loss: its inner loss.
+        name, structure, rule, loss, transform, autocast, initial: the stage's, as they are now.
         batches: per step, its micro-batches (one unless gradients are accumulated).
         seeds: per step, of the random state in which the loss is evaluated.
-        transform: applied to the step's gradients, by parameter name, before the optimizer.
-        autocast: the dtype in which the loss is evaluated by `torch.autocast`; None for the weights' own.
         hyperparameters: t, meta-parameters → the step's overrides (schedule, learned rates).
-        initial: meta-parameters, upstream → learned initial weights by name.
         first_step: inner steps that the stage has taken before; a loss reads `model.step`.
-        first_of_training: False for the later parts of a training that is run in parts: `initial` is over by then.
-        offset, total: steps of the training before these and in all, where it is run in parts; for messages.
         owners: `id` → name of every parameter of the chain's own modules.
-        beside: what the loss has read that differs from step to step and is no tensor.
         read: the names of the tensors with which the loss of the first step has called the model.
     """
 
@@ -72,23 +60,28 @@ class InnerLoop:
     batches: Sequence[Sequence[Any]]
     seeds: Sequence[int]
     device: torch.device
-    transform: Transform | None = None
-    autocast: torch.dtype | None = None
-    hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]] = field(default=lambda t, meta_params: {})
-    initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None = None
-    first_of_training: bool = True
-    first_step: int = 0
-    offset: int = 0
-    total: int | None = None
-    owners: Mapping[int, str] = field(default_factory=dict)
-    beside: set[str] = field(default_factory=set)
-    read: set[frozenset[str]] = field(default_factory=set)
-    _read: tuple[AnyMetaParameters, Upstream] | None = field(default=None, init=False, repr=False)
+    transform: Transform | None
+    autocast: torch.dtype | None
+    initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None
+    hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]]
+    first_step: int
+    owners: Mapping[int, str]
+    read: set[frozenset[str]]
+    beside: set[str] = field(default_factory=set, init=False)  # read by the loss, of each step another, and no tensor
+    _started: tuple[AnyMetaParameters, Upstream] | None = field(default=None, init=False, repr=False)
 
     @property
     def num_steps(self) -> int:
         """T, the number of inner steps."""
         return len(self.batches)
+
+    # --- where it starts ----------------------------------------------------------------------------------------
+
+    @property
+    def own(self) -> Tensors:
+        """The trained parameters of the user's own module, by name."""
+        params = self.structure.params
+        return {name: params[name] for name in self.rule.names}
 
     @functools.cached_property
     def frozen(self) -> Tensors:
@@ -98,9 +91,9 @@ class InnerLoop:
 
     def start(self, own: Mapping[str, Tensor], meta_params: AnyMetaParameters, upstream: Upstream) -> Tensors:
         """Return the trained parameters before step 0: `own`, but for those that `initial` gives."""
-        self._read = meta_params, upstream  # to look again, if something stops being finite
+        self._started = meta_params, upstream  # to look again, if something stops being finite
         params = dict(own)
-        if self.initial is None or not self.first_of_training:
+        if self.initial is None:
             return params
         with telling(lambda: f"the initial weights of stage {self.name!r}"):
             given = self.initial(as_given(meta_params), upstream)
@@ -117,6 +110,8 @@ class InnerLoop:
         """Return copies of the module's buffers."""
         return {name: buffer.detach().clone() for name, buffer in self.structure.buffers.items()}
 
+    # --- the two halves of a step -------------------------------------------------------------------------------
+
     def loss_at(
         self,
         t: int,
@@ -132,27 +127,34 @@ class InnerLoop:
         With several micro-batches it is their mean, whose gradient is the accumulated one.
         """
         torch.clear_autocast_cache()  # it would keep the low-precision copy of a weight that has moved since
+        micro = self.batches[t] if batches is None else batches
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         moved, given = dict(own), as_given(meta_params)
         model = InnerModel(self.structure, params, moved, training=True, call=call)
         model.read_step = functools.partial(self._read_step, t)
         model.read = self.read if t == 0 else None
-        micro = self.batches[t] if batches is None else batches
-        telling_loss = telling(lambda: self._said_of_loss(t, micro))
-        with telling_loss, naming_inference_tensors(self.name), seeded(self.seeds[t], self.device), self.casting():
-            losses = [
-                require_scalar(self.loss(model, batch, given, upstream), f"the loss of stage {self.name!r}")
-                for batch in micro
-            ]
+        with telling(lambda: self._said_of_loss(t, micro)), seeded(self.seeds[t], self.device), self.casting():
+            losses = [self._loss(model, batch, given, upstream) for batch in micro]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        still = {n for n, b in moved.items() if b is own[n] and b._version == 0 and not b.is_floating_point()}
         # The version says nothing of floating ones: batch norm's kernel moves its statistics without a new one.
+        still = {n for n, b in moved.items() if b is own[n] and b._version == 0 and not b.is_floating_point()}
         return loss, {n: buffers[n] if n in still else b for n, b in moved.items()}
 
+    def _loss(self, model: InnerModel, *args: Any) -> Tensor:
+        try:
+            return require_scalar(self.loss(model, *args), f"the loss of stage {self.name!r}")
+        except RuntimeError as error:
+            if "nference tensor" not in str(error):
+                raise
+            raise StageError(
+                f"the loss of stage {self.name!r} reads a tensor that was made under torch.inference_mode(), which "
+                "keeps it out of any graph for good; make it under torch.no_grad() instead, or read tensor.clone()"
+            ) from error
+
     def _said_of_loss(self, t: int, micro: Sequence[Any]) -> str:
-        where = f"the loss of stage {self.name!r}, inner step {self.offset + t} of {self.total or self.num_steps}"
         batch = described(micro[0] if len(micro) == 1 else list(micro))
-        return f"{where}, on {batch}; {taken_by(self.structure.module)}"
+        step = f"inner step {t} of {self.num_steps}"
+        return f"the loss of stage {self.name!r}, {step}, on {batch}; {taken_by(self.structure.module)}"
 
     def _read_step(self, t: int) -> int:
         self.beside.add("model.step")
@@ -164,7 +166,7 @@ class InnerLoop:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
-    def transformed(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    def transformed(self, gradients: Gradients) -> dict[str, Tensor | None]:
         """Apply the gradient transform to the gradients there are; a parameter that the loss missed keeps None."""
         if self.transform is None:
             return dict(gradients)
@@ -175,21 +177,16 @@ class InnerLoop:
             raise StageError(f"stage {self.name!r}: transform must return a gradient for each name it is given")
         return {**gradients, **changed}
 
+    # --- what is looked at on the way ---------------------------------------------------------------------------
+
     def check_graph(self, loss: Tensor) -> None:
         """Raise if the first step's loss runs through a module's own weights instead of the copies in training."""
-        refuse_recomputation(loss, self.name)
-        foreign = foreign_parameters(loss, self.owners)
-        if foreign:
-            shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-            raise StageError(
-                f"the loss of stage {self.name!r} reaches the weights of a user's own module ({shown}), which this "
-                "unroll does not train; call the `model` and `upstream[...]` that the loss is handed instead"
-            )
+        refuse_graph(loss, self.owners, self.name)
 
-    def check_gradients(self, gradients: Mapping[str, Tensor | None]) -> None:
+    def check_gradients(self, gradients: Gradients) -> None:
         """Raise if the first step's loss depends on none of the trained parameters, or has no second derivative."""
         refuse_single_derivative(gradients, self.name)
-        if all(g is None for g in gradients.values()):
+        if set(gradients.values()) == {None}:
             raise StageError(
                 f"the loss of stage {self.name!r} depends on none of the {len(gradients)} parameters that it trains; "
                 "call the `model` that the loss is handed"
@@ -198,19 +195,19 @@ class InnerLoop:
     def watch(self, losses: Sequence[Tensor]) -> None:
         """Stop at a loss that is not finite; an accelerator is asked every few steps, since asking waits for it."""
         every = 1 if self.device.type == "cpu" else _LOOK_EVERY
-        if len(losses) % every == 0:
-            self._require_finite({"an inner loss": torch.stack([loss.detach() for loss in losses[-every:]])})
+        if len(losses) % every == 0 and not bool(torch.stack(losses[-every:]).detach().isfinite().all()):
+            self._stop("an inner loss")
 
-    def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        broken = [name for name, tensor in tensors.items() if not bool(tensor.detach().isfinite().all())]
-        if broken:
-            first = None if self._read is None else first_in_training(self, *self._read)
-            raise NonFiniteError(f"stage {self.name!r}: {first or f'{broken[0]} is not finite'}")
+    def _stop(self, what: str) -> None:
+        first = None if self._started is None else first_in_training(self, *self._started)
+        raise NonFiniteError(f"stage {self.name!r}: {first or f'{what} is not finite'}")
 
     def finish(self, params: Tensors, buffers: Tensors, state: State, losses: Sequence[Tensor]) -> InnerResult:
         """Check that every inner loss and weight is finite, and wrap up the trained model."""
         values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
-        self._require_finite({"an inner loss": values, **{f"parameter {name!r}": p for name, p in params.items()}})
+        for what, tensor in (("an inner loss", values), *((f"parameter {name!r}", p) for name, p in params.items())):
+            if not bool(tensor.detach().isfinite().all()):
+                self._stop(what)
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
         model = self.trained_model({**self.frozen, **params}, buffers, detached)
         return InnerResult(model, values, self.num_steps)
@@ -219,27 +216,3 @@ class InnerLoop:
         """Return the model that this loop ends with."""
         trained = Training(self.name, self.loss, self.first_step + self.num_steps, self.read)
         return FunctionalModel(self.structure, params, buffers, optimizer_state=state, trained=trained)
-
-    def run_without_graph(
-        self,
-        meta_params: AnyMetaParameters,
-        upstream: Upstream,
-        on_step: Callable[[str, int, Tensor], None] | None = None,
-    ) -> InnerResult:
-        """Run the same steps with torch's own optimizer, keeping nothing: training as it is without metaopt."""
-        own = {name: self.structure.params[name] for name in self.rule.names}
-        with torch.no_grad():
-            start = self.start(own, meta_params, upstream)
-        detached = Models({name: model.detach() for name, model in upstream.items()})
-        steps = PlainSteps(self, start, self.rule.initial_state(), self.start_buffers(), meta_params, detached)
-        losses = []
-        for t in range(self.num_steps):
-            loss, gradients = steps.gradient(t, (lambda loss, params: self.check_graph(loss)) if t == 0 else None)
-            if t == 0:
-                self.check_gradients(gradients)
-            steps.update(t, gradients)
-            losses.append(loss)
-            self.watch(losses)
-            if on_step is not None:
-                on_step(self.name, t, loss)
-        return self.finish(steps.weights(), steps.buffers, steps.state(), losses)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from metaopt.base.errors import ConfigError, did_you_mean
-from metaopt.core.structure import ModelStructure
+from metaopt.core.view import ModelStructure
 
 
 class MetaParameters(nn.Module):
@@ -45,12 +45,7 @@ class Uniform(MetaParameters):
 
 
 class TensorWeights(MetaParameters):
-    """A user's own tensor, learned as it is; to losses that read a module, entry i is the weight of example i.
-
-    Args:
-        tensor: itself, not a copy.
-        name: what it is called.
-    """
+    """A user's own tensor, learned as it is; to losses that read a module, entry i is the weight of example i."""
 
     key = "index"
 
@@ -80,13 +75,9 @@ def in_bounds(index: Tensor, size: int) -> bool:
 
 
 def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, sparse: bool = False) -> Tensor:
-    """Return the row of each example of the batch, after checking that there is one for each.
+    """Return the row of a table [n] or [n, C] at each of `batch[key]`, after checking that there is one for each.
 
-    Args:
-        table: [n] or [n, C].
-        batch, key: `batch[key]` has the rows' numbers.
-        reader: for the message.
-        sparse: let the table's gradient hold only the rows that are read.
+    `sparse` lets the table's gradient hold only the rows that are read.
     """
     if key not in batch:
         raise ConfigError(
@@ -130,9 +121,7 @@ def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:
 def summary(meta_params: AnyMetaParameters) -> dict[str, float]:
     """Return the few numbers that tell what was learned, by name."""
     parts = {name: m.summary() for name, m in as_named(meta_params).items() if isinstance(m, MetaParameters)}
-    return {
-        ": ".join(part for part in (name, key) if part): value for name, s in parts.items() for key, value in s.items()
-    }
+    return {": ".join(filter(None, (name, key))): value for name, s in parts.items() for key, value in s.items()}
 
 
 def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:
@@ -143,10 +132,10 @@ def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:
 
 def as_modules(meta_params: AnyMetaParameters) -> nn.Module | Mapping[str, nn.Module]:
     """Return meta-parameters with a module around each tensor, so that it can be lent another; `as_given` undoes it."""
-    if isinstance(meta_params, Tensor):
-        return _around(meta_params, "meta_params", "meta_params")
     if isinstance(meta_params, nn.Module):
         return meta_params
+    if isinstance(meta_params, Tensor):
+        return _around(meta_params, "meta_params", "meta_params")
     if isinstance(meta_params, Mapping) and all(isinstance(m, (nn.Module, Tensor)) for m in meta_params.values()):
         named = meta_params.items()
         return {n: _around(m, "", f"meta_params[{n!r}]") if isinstance(m, Tensor) else m for n, m in named}
@@ -174,52 +163,40 @@ def as_given(meta_params: AnyMetaParameters) -> AnyMetaParameters:
 
 def named_tensors(meta_params: AnyMetaParameters) -> dict[str, Tensor]:
     """Return every tensor to be learned, once each, by name: parameters that require grad."""
-    names: dict[int, str] = {}
-    found: dict[str, Tensor] = {}
+    found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in as_named(meta_params).items():
         for name, tensor in module.named_parameters():
-            if tensor.requires_grad and id(tensor) not in names:
-                names[id(tensor)] = ".".join(part for part in (prefix, name) if part)
-                found[names[id(tensor)]] = tensor
-    return found
+            if tensor.requires_grad:
+                found.setdefault(id(tensor), (_joined(prefix, name), tensor))
+    return dict(found.values())
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 @contextmanager
 def rebound(meta_params: AnyMetaParameters, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let meta-parameters have other tensors inside the block, so that whoever reads them is in another graph.
-
-    Args:
-        meta_params: one module or a named mapping, of modules only.
-        tensors: by the names of `named_tensors`.
-    """
+    """Let meta-parameters, of modules only, have other tensors inside the block, by the names of `named_tensors`."""
     with ExitStack() as stack:
         for prefix, module in as_named(meta_params).items():
             structure = ModelStructure(module)
-            given = {
-                n: tensors.get(".".join(part for part in (prefix, n) if part), p) for n, p in structure.params.items()
-            }
+            given = {name: tensors.get(_joined(prefix, name), p) for name, p in structure.params.items()}
             stack.enter_context(structure.swap(given, structure.buffers))
         yield
 
 
 def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any:
-    """Return the module that a loss reads: the one called `name`, or the only one there is; around a tensor, one.
-
-    Args:
-        meta_params: one module or a named mapping.
-        name: None when there is only one.
-        reader: the class that asks, for the error message.
-    """
-    if isinstance(meta_params, Tensor) or (
-        isinstance(meta_params, nn.Module) and not isinstance(meta_params, nn.ModuleDict)
-    ):
-        if name is None:
-            return TensorWeights(meta_params) if isinstance(meta_params, Tensor) else meta_params
+    """Return the module that the class `reader` reads: the one called `name`, or the only one there is."""
+    alone = isinstance(meta_params, (Tensor, nn.Module)) and not isinstance(meta_params, nn.ModuleDict)
+    if alone and name is not None:
         raise ConfigError(f"{reader} reads meta-parameters {name!r}, but they are one module without a name")
-    modules = {n: TensorWeights(m) if isinstance(m, Tensor) else m for n, m in meta_params.items()}
+    modules: Any = {"": meta_params} if alone else meta_params
     if name is None and len(modules) == 1:
-        return next(iter(modules.values()))
-    if name is None or name not in modules:
+        (found,) = modules.values()
+    elif name in modules:
+        found = modules[name]
+    else:
         hint = did_you_mean(name or "", modules)
         raise ConfigError(f"{reader} must say which meta-parameters it reads: {reader}(weights=...){hint}")
-    return modules[name]
+    return TensorWeights(found) if isinstance(found, Tensor) else found

@@ -1,23 +1,28 @@
-"""Inner steps by torch's own optimizer, without a graph: the two halves, one call each."""
+"""Inner steps by torch's own optimizer, without a graph: a training as it is without metaopt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from metaopt.core.contracts import Tensors, Upstream
-from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.core.contracts import Gradients, OnStep, Tensors, Upstream
+from metaopt.core.graphs import entries
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.core.view import Models
 from metaopt.optimizers.flattened import State
 
 if TYPE_CHECKING:
-    from metaopt.core.inner_loop import InnerLoop
+    from metaopt.core.inner_loop import InnerLoop, InnerResult
+
+LOWER = "lower the inner learning rate, or clip: Stage(..., transform=metaopt.ClipNorm(1.0))"
+LOOK = "look for a root or norm at 0, a log of 0 or 0/0 in the loss"
 
 
 class PlainSteps:
-    """Inner steps by torch's own optimizer, without a graph: the two halves, one call each.
+    """The two halves of an inner step, one call each.
 
     Args:
         loop: what to run.
@@ -36,7 +41,6 @@ class PlainSteps:
     ) -> None:
         self.buffers = buffers
         self._loop, self._meta_params, self._upstream = loop, meta_params, upstream
-        self._frozen = loop.frozen
         self._params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
         self._optimizer = loop.rule.bind(self._params, state)
 
@@ -45,11 +49,9 @@ class PlainSteps:
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the loss of step t, detached, and its raw gradient; buffers move on.
 
-        Args:
-            t: the step.
-            inspect: called with the loss in its graph and the weights that it may depend on.
+        `inspect` is called with the loss in its graph and the weights that it may depend on.
         """
-        params = {**self._frozen, **self._params}
+        params = {**self._loop.frozen, **self._params}
         with torch.enable_grad():
             loss, buffers = self._loop.loss_at(t, params, self.buffers, self._meta_params, self._upstream)
             if inspect is not None:
@@ -59,7 +61,7 @@ class PlainSteps:
         return loss.detach(), dict(zip(self._params, gradients, strict=True))
 
     @torch.no_grad()
-    def update(self, t: int, gradients: Mapping[str, Tensor | None]) -> None:
+    def update(self, t: int, gradients: Gradients) -> None:
         """Transform the raw gradient of step t, and let the optimizer step."""
         transformed = self._loop.transformed(gradients)
         for name, param in self._params.items():
@@ -74,3 +76,60 @@ class PlainSteps:
     def state(self) -> State:
         """Return a copy of the present optimizer state."""
         return self._loop.rule.read(self._optimizer, self._params)
+
+
+def _from_start(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> PlainSteps:
+    with torch.no_grad():
+        start = loop.start(loop.own, meta_params, upstream)
+    models = Models({name: model.detach() for name, model in upstream.items()})
+    return PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
+
+
+def train_plainly(
+    loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream, on_step: OnStep | None = None
+) -> InnerResult:
+    """Run the same steps with torch's own optimizer, keeping nothing."""
+    steps = _from_start(loop, meta_params, upstream)
+    losses = []
+    for t in range(loop.num_steps):
+        loss, gradients = steps.gradient(t, (lambda loss, params: loop.check_graph(loss)) if t == 0 else None)
+        if t == 0:
+            loop.check_gradients(gradients)
+        steps.update(t, gradients)
+        losses.append(loss)
+        loop.watch(losses)
+        if on_step is not None:
+            on_step(loop.name, t, loss)
+    return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
+
+
+def first_in_training(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> str | None:
+    """Run a stage's steps once more, looking at each, and say what stops being finite first; None if nothing does."""
+    if found := broken(named_tensors(meta_params)):
+        return f"meta-parameter {found} is not finite before the first inner step; lower the meta-learning rate"
+    steps = _from_start(loop, meta_params, upstream)
+    if found := broken(steps.weights()):
+        return f"parameter {found} is not finite before the first inner step"
+    for t in range(loop.num_steps):
+        where, weights = f"inner step {t} of {loop.num_steps}", steps.weights().values()
+        loss, gradients = steps.gradient(t)
+        if not bool(loss.isfinite()):
+            largest = max((float(w.abs().max()) for w in weights if w.numel()), default=0.0)
+            return (
+                f"the inner loss is {loss.item()} at {where}, with finite weights of up to {largest:.3g}; where they "
+                f"grow, {LOWER}; otherwise {LOOK} or what is not finite in the batch"
+            )
+        if found := broken(gradients):
+            return (
+                f"the inner gradient of {found} is not finite at {where}, though the loss is {loss.item():.6g}; {LOOK}"
+            )
+        steps.update(t, gradients)
+        if found := broken(steps.weights()):
+            return f"parameter {found} is not finite after {t + 1} inner steps of {loop.num_steps}; {LOWER}"
+    return None
+
+
+def broken(tensors: Mapping[Any, Tensor | None]) -> str:
+    """Name the tensors that are not finite, or return an empty string."""
+    bad = [key for key, t in tensors.items() if t is not None and not bool(entries(t.detach()).isfinite().all())]
+    return ", ".join(repr(key) for key in bad[:3]) + (", …" if len(bad) > 3 else "")

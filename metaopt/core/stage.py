@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,14 +14,16 @@ from torch.optim import Optimizer
 
 from metaopt.base.errors import ConfigError, StageError
 from metaopt.base.random_state import derived_seed, draw_seed, seeded
-from metaopt.base.streams import BatchStream, move
+from metaopt.base.ranges import check_counts
+from metaopt.base.streams import BatchStream, Passing, move
 from metaopt.base.telling import require_arguments, telling
-from metaopt.core.contracts import Estimator, HandOver, InnerLoss, LossFunction, Transform, Upstream
+from metaopt.core.contracts import Estimator, HandOver, InnerLoss, LossFunction, OnStep, Transform, Upstream
 from metaopt.core.guards import refuse_unsupported, refuse_unusable
 from metaopt.core.inner_loop import InnerLoop, InnerResult
-from metaopt.core.meta_params import AnyMetaParameters, as_given, as_named
-from metaopt.core.structure import ModelStructure
+from metaopt.core.meta_params import AnyMetaParameters, as_given
+from metaopt.core.plain import train_plainly
 from metaopt.core.unrolled import Unrolled
+from metaopt.core.view import ModelStructure
 from metaopt.optimizers.kinds import per_element
 from metaopt.optimizers.rule import UpdateRule, make_optimizer
 from metaopt.optimizers.schedules import Schedule
@@ -72,11 +75,7 @@ class Stage:
         autocast: str | None = None,
         seed: int | None = None,
     ) -> None:
-        for name, count in (("num_steps", num_steps), ("accumulate", accumulate)):
-            if not isinstance(count, int) or count < 1:
-                raise ConfigError(f"Stage: {name}={count!r} must be a whole number of at least 1")
-        if not callable(loss):
-            raise ConfigError(f"Stage: loss is a {type(loss).__name__}; give an InnerLoss or a function")
+        check_counts("Stage", num_steps=num_steps, accumulate=accumulate)
         require_arguments(loss, ("model", "batch", "meta_params", "upstream"), "Stage: the loss")
         for slot, given, arguments in (
             ("overrides", overrides, ("meta_params", "t")),
@@ -85,22 +84,21 @@ class Stage:
         ):
             if given is not None:
                 require_arguments(given, arguments, f"Stage: {slot}")
-        self.num_steps, self.accumulate = num_steps, accumulate
-        self.loss, self.overrides, self.transform, self.initial = loss, overrides, transform, initial
-        self.estimator = estimator or Unrolled()
         if autocast not in (None, "bfloat16"):
             raise ConfigError(
                 f"Stage: autocast={autocast!r} must be 'bfloat16' or None (float16 would need a loss scale, which "
                 "depends on overflows and has no derivative)"
             )
-        self.autocast = None if autocast is None else torch.bfloat16
         if seed is not None and seed < 0:
             raise ConfigError(f"Stage: seed={seed} must not be negative")
+        self.num_steps, self.accumulate, self.batches = num_steps, accumulate, batches
+        self.loss, self.overrides, self.transform, self.initial = loss, overrides, transform, initial
+        self.estimator, self.autocast = estimator or Unrolled(), None if autocast is None else torch.bfloat16
         self.seed = draw_seed() if seed is None else seed
         self._steps, self._schedule_steps, self._resets = 0, 0, 0
         self._read: set[frozenset[str]] = set()  # see `Training`
         self._factory = None if isinstance(model, nn.Module) else model
-        self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model()
+        self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model(model)
         refuse_unusable(self.model, "Stage")
         self.structure = ModelStructure(self.model)
         self.optimizer = make_optimizer(optimizer, self.model)
@@ -108,14 +106,34 @@ class Stage:
         self._schedule = Schedule(schedule, self.optimizer) if schedule is not None else None
         self._initial = self._tensors() if self._factory is None else None
         self._initial_optimizer = copy.deepcopy(self.optimizer.state_dict())
-        self._source = batches
-        self._stream = self._open_stream(batches)
+        self._stream = self._open_stream()
 
-    # --- what an unroll starts from -----------------------------------------------------------------------------
+    # --- what a training starts from ----------------------------------------------------------------------------
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter whose device and dtype the batches take: a floating one, beside which there may be quantised."""
+        return next(p for p in self.structure.params.values() if p.is_floating_point() or p.is_complex())
 
     def step_seed(self, t: int) -> int:
         """Return the seed of the random state in which the t-th inner step from now is evaluated."""
         return derived_seed(self.seed, self._steps + t)
+
+    def check(self, name: str, meta_params: AnyMetaParameters) -> None:
+        """Raise if the stage, of this name, cannot be differentiated or a slot misreads the meta-parameters."""
+        refuse_unsupported(self.model, name)
+        trained = set(self.rule.names)
+        frozen = [n for n, p in self.structure.params.items() if n in trained and not p.requires_grad]
+        if frozen:
+            raise StageError(
+                f"stage {name!r}: parameter {frozen[0]!r} was frozen after the stage was built; freeze with "
+                "requires_grad_(False) first, then build the Stage"
+            )
+        for slot in (self.overrides, self.initial):
+            check = getattr(slot, "check", None)  # as FromMeta has
+            if check is not None:
+                check(self, meta_params)
+        self.estimator.check(name, self)
 
     def begin(
         self,
@@ -123,98 +141,69 @@ class Stage:
         upstream: Upstream,
         owners: Mapping[int, str],
         num_steps: int | None = None,
-        batches: list[Any] | None = None,
-        offset: int = 0,
-        total: int | None = None,
+        passing: bool = False,
     ) -> InnerLoop:
-        """Fix the batches, the random state and the starting point of the next `num_steps` inner steps.
+        """Fix the batches, the random state and the starting point of the next inner steps (the stage's own if None).
 
-        Args:
-            name: the stage's.
-            upstream: trained models of the earlier stages.
-            owners: `id` → name of the parameters of all stages' own modules.
-            num_steps: the stage's own if None.
-            batches: drawn from the stage's data if None.
-            offset: steps that this training has taken before, when it is run in parts.
-            total: its steps in all, when it is run in parts.
+        `upstream` has the trained models of the earlier stages, `owners` is `Chain.owners`. `passing` draws each step's
+        batches from the stream when it comes, and lets go of them after.
         """
-        refuse_unsupported(self.model, name)
         self.structure.stage = name
-        self._refuse_late_freezing(name)
         steps = self.num_steps if num_steps is None else num_steps
-        if batches is None:
-            batches = self.draw_batches(upstream, steps, name)
         like = self.like
-        batches = [move(batch, like) for batch in batches]
-        micro = [batches[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
-        scheduled = self._schedule_steps  # as it is now: a sweep may ask after a commit
+
+        def fit(batches: list[Any]) -> list[Any]:
+            return [move(batch, like) for batch in batches]
+
+        with telling(lambda: f"the batches of stage {name!r} ({type(self.batches).__name__})"):
+            if passing and self._stream is not None and not isinstance(self.batches, HandOver):
+                batches = Passing(self._stream, steps, self.accumulate, fit)
+            else:
+                drawn = fit(self._draw_batches(upstream, steps * self.accumulate))
+                batches = [drawn[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
         return InnerLoop(
             name=name,
             structure=self.structure,
             rule=self.rule.snapshot(),
             loss=self.loss,
-            batches=micro,
+            batches=batches,
             seeds=[self.step_seed(t) for t in range(steps)],
             device=like.device,
             transform=self.transform,
             autocast=self.autocast,
-            hyperparameters=lambda t, meta_params: self._hyperparameters(name, scheduled + t, offset + t, meta_params),
-            first_of_training=offset == 0,
-            offset=offset,
-            total=total,
-            first_step=self._schedule_steps,
             initial=self.initial,
+            hyperparameters=functools.partial(self._hyperparameters, name, self._schedule_steps),
+            first_step=self._schedule_steps,
             owners=owners,
             read=self._read,
         )
 
-    @property
-    def like(self) -> Tensor:
-        """A parameter whose device and dtype the batches take: a floating one, beside which there may be quantised."""
-        return next(p for p in self.structure.params.values() if p.is_floating_point() or p.is_complex())
-
-    @property
-    def written_once(self) -> bool:
-        """Whether the stage's data are written by the upstream models, once per unroll."""
-        return self._stream is None or isinstance(self._source, HandOver)
-
-    def draw_batches(self, upstream: Upstream, num_steps: int, name: str) -> list[Any]:
-        """Return the batches of the next steps of the stage of this name; the stream stays where it is."""
-        with telling(lambda: f"the batches of stage {name!r} ({type(self._source).__name__})"):
-            return self._draw_batches(upstream, num_steps)
-
-    def _draw_batches(self, upstream: Upstream, num_steps: int) -> list[Any]:
-        count = num_steps * self.accumulate
+    def _draw_batches(self, upstream: Upstream, count: int) -> list[Any]:
+        """Return the next `count` batches; the stream stays where it is."""
         if count == 0:
             return []
-        if self._stream is not None and not isinstance(self._source, HandOver):
-            return self._stream.peek(count)
+        ahead = [] if self._stream is None else self._stream.peek(count)
+        if self._stream is not None and not isinstance(self.batches, HandOver):
+            return ahead
         with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES), self.like.device):
-            if isinstance(self._source, HandOver):
-                assert self._stream is not None
-                written = list(self._source.write(upstream, self._stream.peek(count)))
+            if isinstance(self.batches, HandOver):
+                written = list(self.batches.write(upstream, ahead))
                 if len(written) != count:
-                    kind = type(self._source).__name__
+                    kind = type(self.batches).__name__
                     raise StageError(f"{kind}.write returned {len(written)} batches for {count}; return one for each")
                 return written
-            made = list(itertools.islice(self._source(upstream), count))  # type: ignore[operator]
+            made = list(itertools.islice(self.batches(upstream), count))  # type: ignore[operator]
         if not made:
             raise StageError("batches: the callable made no batch from the upstream models; it must yield at least one")
         return list(itertools.islice(itertools.cycle(made), count))
 
-    def _refuse_late_freezing(self, name: str) -> None:
-        trained = set(self.rule.names)
-        changed = [n for n, p in self.structure.params.items() if n in trained and not p.requires_grad]
-        if changed:
-            raise StageError(
-                f"stage {name!r}: parameter {changed[0]!r} was frozen after the stage was built; freeze with "
-                "requires_grad_(False) first, then build the Stage"
-            )
-
-    def _hyperparameters(self, name: str, t: int, step: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
-        scheduled = self._schedule.at(t) if self._schedule is not None else {}
-        with telling(lambda: f"the overrides of stage {name!r}, inner step {step}"):
-            learned = self.overrides(as_given(meta_params), step) if self.overrides is not None else {}
+    def _hyperparameters(self, name: str, before: int, t: int, meta_params: AnyMetaParameters) -> dict[str, Any]:
+        """Return the overrides of step t of a training before which the schedule had taken `before` steps."""
+        scheduled = self._schedule.at(before + t) if self._schedule is not None else {}
+        if self.overrides is None:
+            return scheduled
+        with telling(lambda: f"the overrides of stage {name!r}, inner step {t}"):
+            learned = self.overrides(as_given(meta_params), t)
         both = [key for key in learned if key in scheduled]
         if both:
             raise ConfigError(
@@ -223,24 +212,38 @@ class Stage:
             )
         return {**scheduled, **learned}
 
-    def check_meta_params(self, meta_params: AnyMetaParameters) -> None:
-        """Raise if a slot reads meta-parameters that this stage cannot use; before any training."""
-        for prefix, module in as_named(meta_params).items():
-            refuse_unusable(module, f"meta-parameters {prefix!r}" if prefix else "meta-parameters")
-        for slot in (self.overrides, self.initial):
-            check = getattr(slot, "check", None)  # as FromMeta has
-            if check is not None:
-                check(self, meta_params)
-
     # --- carrying on --------------------------------------------------------------------------------------------
 
-    def commit(self, result: InnerResult) -> None:
-        """Carry on from a trained model: weights, buffers, optimizer state, batch stream, random state."""
+    def train(
+        self,
+        name: str,
+        meta_params: AnyMetaParameters,
+        upstream: Upstream,
+        owners: Mapping[int, str],
+        num_steps: int,
+        on_step: OnStep | None,
+    ) -> InnerResult:
+        """Train without a graph and carry on from the result; a training that fails leaves the stage as it was."""
+        loop = self.begin(name, upstream, owners, num_steps, passing=True)
+        try:
+            result = train_plainly(loop, meta_params, upstream, on_step)
+        except BaseException:
+            if isinstance(loop.batches, Passing):
+                loop.batches.rewind()
+            raise
+        self.commit(result, passed=isinstance(loop.batches, Passing))
+        return result
+
+    def commit(self, result: InnerResult, passed: bool = False) -> None:
+        """Carry on from a trained model: weights, buffers, optimizer state, random state, and the batch stream.
+
+        `passed` says that the stream has moved on already.
+        """
         self._load_tensors({**result.model.params, **result.model.buffers})
         self.rule.write_back(result.model.optimizer_state)
         self._steps += result.num_steps
         self._schedule_steps += result.num_steps
-        if self._stream is not None:
+        if self._stream is not None and not passed:
             self._stream.advance(result.num_steps * self.accumulate)
         if self._schedule is not None:
             self._schedule.set(self.optimizer, self._schedule_steps)
@@ -259,23 +262,20 @@ class Stage:
     def reset(self) -> None:
         """Go back to the initial weights (a factory draws new ones) and optimizer state; the data move on."""
         self._resets += 1
-        if self._initial is None:
-            drawn = ModelStructure(self._draw_model())
-            self._load_tensors({**drawn.params, **drawn.buffers})
-        else:
-            self._load_tensors(self._initial)
+        initial = self._initial
+        if initial is None and self._factory is not None:
+            like = next(self.model.parameters())
+            drawn = ModelStructure(self._draw_model(self._factory).to(device=like.device, dtype=like.dtype))
+            initial = {**drawn.params, **drawn.buffers}
+        self._load_tensors(initial or {})
         self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer))
         self._schedule_steps = 0
 
-    def _draw_model(self) -> nn.Module:
-        assert self._factory is not None
+    def _draw_model(self, factory: Callable[[], nn.Module]) -> nn.Module:
         with seeded(derived_seed(self.seed, self._resets, _INIT)):
-            model = self._factory()
+            model = factory()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"Stage: the model factory returned a {type(model).__name__}, not an nn.Module")
-        if hasattr(self, "model"):
-            like = next(self.model.parameters())
-            model.to(device=like.device, dtype=like.dtype)
         return model
 
     # --- state --------------------------------------------------------------------------------------------------
@@ -320,14 +320,13 @@ class Stage:
         twin.structure = ModelStructure(twin.model)
         twin.structure.unsaid = []
         twin.rule = UpdateRule(twin.optimizer, twin.structure.params)
-        if self._stream is not None:
-            twin._stream = twin._open_stream(self._source)
-            assert twin._stream is not None
+        twin._stream = twin._open_stream()
+        if self._stream is not None and twin._stream is not None:
             twin._stream.load_state_dict(self._stream.state_dict())
         return twin
 
-    def _open_stream(self, batches: Any) -> BatchStream | None:
-        source = batches.batches if isinstance(batches, HandOver) else batches
+    def _open_stream(self) -> BatchStream | None:
+        source = self.batches.batches if isinstance(self.batches, HandOver) else self.batches
         if callable(source) and not isinstance(source, Iterable):
             return None
         return BatchStream(source, derived_seed(self.seed, 0, _BATCHES))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from metaopt.core.contracts import Estimator, Upstream
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import higher
+from torch import Tensor, nn
+
+from metaopt.core.contracts import Estimator, Tensors, Upstream
 from metaopt.core.graphs import behind_boundary, stages_read
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
-from metaopt.core.view import differentiable_copy
 from metaopt.optimizers.rule import HigherOptimizer
 
 
@@ -22,30 +29,87 @@ class Unrolled(Estimator):
 
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop by `higher`, one differentiable step after the other."""
-        rule, names = loop.rule, loop.rule.names
-        own = loop.structure.params
-        optimizer = HigherOptimizer(rule, [own[name] for name in names], rule.initial_state())
-        frozen, buffers, losses = loop.frozen, loop.start_buffers(), []
-        with differentiable_copy(loop.structure, optimizer, names) as fast:
+        buffers, losses, joint = loop.start_buffers(), [], []
+        with higher_loop(loop) as fast:
             params = loop.start(fast.params, meta_params, upstream)
-            joint: list[str] = []
             for t in range(loop.num_steps):
                 params, seen = behind_boundary(params, upstream, joint)
-                loss, buffers = loop.loss_at(t, {**frozen, **params}, buffers, meta_params, seen, fast.call)
+                loss, buffers = loop.loss_at(t, {**loop.frozen, **params}, buffers, meta_params, seen, fast.call)
                 if t == 0:
                     loop.check_graph(loss)
                     joint = stages_read(loss, seen)
-
-                def transformed(gradients: tuple, t: int = t) -> list:
-                    by_name = dict(zip(names, gradients, strict=True))
-                    if t == 0:
-                        loop.check_gradients(by_name)
-                    return list(loop.transformed(by_name).values())
-
-                params = fast.step(
-                    loss, params, override=loop.hyperparameters(t, meta_params), grad_callback=transformed
-                )
+                params = fast.step(t, loss, params, loop.hyperparameters(t, meta_params))
                 losses.append(loss)
                 loop.watch(losses)
-            state = fast.optimizer_state
+            state = fast.state
         return loop.finish(params, buffers, state, losses)
+
+
+class HigherLoop:
+    """One `higher.innerloop_ctx` over a stage's trained parameters: `params` → `call` → `step`, all in the graph."""
+
+    def __init__(self, loop: InnerLoop, fmodel: Any, diffopt: Any) -> None:
+        self._loop, self._names, self._fmodel, self._diffopt = loop, loop.rule.names, fmodel, diffopt
+
+    @property
+    def params(self) -> Tensors:
+        """The present fast weights, by name."""
+        return dict(zip(self._names, self._fmodel.fast_params, strict=True))
+
+    @property
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The inner optimizer's state by parameter name, in the graph."""
+        return self._diffopt.named_state
+
+    def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
+        """Run the model through `higher`'s patched view; frozen parameters come along as they are."""
+
+        def run(fast: Sequence[Tensor]) -> Any:
+            lent = {**params, **dict(zip(self._names, fast, strict=True))}
+            return self._loop.structure.call(lent, buffers, training, args, kwargs)
+
+        return self._fmodel(run, params=[params[name] for name in self._names])
+
+    def step(self, t: int, loss: Tensor, params: Tensors, hyperparameters: Mapping[str, Any]) -> Tensors:
+        """Take inner step t by `higher`: the gradient of `loss`, then the update."""
+        fast = self._diffopt.step(
+            loss,
+            params=[params[name] for name in self._names],
+            override=hyperparameters,
+            grad_callback=functools.partial(self._transformed, t),
+        )
+        return dict(zip(self._names, fast, strict=True))
+
+    def _transformed(self, t: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        by_name = dict(zip(self._names, gradients, strict=True))
+        if t == 0:
+            self._loop.check_gradients(by_name)
+        return list(self._loop.transformed(by_name).values())
+
+
+class _View(nn.Module):
+    """What `higher` patches: the trained parameters under plain names, and a forward that hands them on."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.keys = [f"p{i}" for i in range(len(params))]
+        for key, param in zip(self.keys, params.values(), strict=True):
+            self.register_parameter(key, param)
+
+    def forward(self, run: Callable[[Sequence[Tensor]], Any]) -> Any:
+        return run([getattr(self, key) for key in self.keys])
+
+
+@contextmanager
+def higher_loop(loop: InnerLoop) -> Iterator[HigherLoop]:
+    """Open `higher.innerloop_ctx` over copies of a stage's trained parameters; release what it holds on leaving."""
+    optimizer: Any = HigherOptimizer(loop.rule, list(loop.own.values()), loop.rule.initial_state())
+    with higher.innerloop_ctx(_View(loop.own), optimizer, copy_initial_weights=True) as opened:
+        fmodel: Any = opened[0]
+        diffopt: Any = opened[1]
+        try:
+            yield HigherLoop(loop, fmodel, diffopt)
+        finally:
+            fmodel._fast_params = []  # higher refers in circles to every step's weights, and they to their graph
+            fmodel._parameters.clear()
+            diffopt.release()

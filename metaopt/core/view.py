@@ -1,36 +1,197 @@
-"""The stateless view of a model that `higher` patches.
+"""A model as a function of its weights: where a module keeps its tensors, and how it is lent others for a call.
 
-`higher` sees only a thin module that registers the trained parameters; a call lends them to the user's own module.
+A user's module stays where it is. For each call its parameters and buffers are swapped for the ones in hand and
+swapped back afterwards, exceptions included: hooks, `ModuleList` slices, tied weights and shared submodules keep
+working.
 """
 
 from __future__ import annotations
 
+import operator
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import higher
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from metaopt.base.errors import ConfigError, did_you_mean
-from metaopt.core.structure import ModelStructure
+from metaopt.base.errors import ConfigError, StageError, did_you_mean
 
 Tensors = dict[str, Tensor]
 Call = Callable[[Mapping[str, Tensor], Tensors, bool, Any, Any], Any]
+Slot = tuple[dict[str, Any], str, str]  # (a submodule's own dict of tensors, attribute, deduplicated name)
+
+_version, _mode = operator.attrgetter("_version"), operator.attrgetter("training")
+_holders: dict[int, int] = {}  # id of a submodule → the thread that trains it, or lends it tensors
+_holding = threading.Lock()
+
+
+@contextmanager
+def held(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep modules, each given with its submodules, to this thread inside the block.
+
+    Raises:
+        StageError: another thread has one of them; nothing was changed.
+    """
+    modules, thread, new = list(modules), threading.get_ident(), []  # a list, to keep them alive
+    try:
+        with _holding:
+            for module in modules:
+                holder = _holders.get(id(module))
+                if holder is None:
+                    _holders[id(module)] = thread
+                    new.append(id(module))
+                elif holder != thread:
+                    raise StageError(
+                        f"{type(module).__name__} is in use by another thread, which lends it other tensors while it "
+                        f"runs; thread {threading.current_thread().name!r} needs one of its own, copy.deepcopy(...), "
+                        "or must wait: hold one threading.Lock around unroll, objective and backward in both"
+                    )
+        yield
+    finally:
+        with _holding:
+            for key in new:
+                del _holders[key]
+
+
+class ModelStructure:
+    """Where a module keeps its parameters and buffers: one slot per (submodule, attribute), one name per tensor.
+
+    A tied weight has several slots and one name. A submodule that is reached by two names has its slots once:
+    swapping a slot twice would leave the trained weight in the user's module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.modules = list(module.modules())
+        self.stage = ""  # whose model it is, for messages
+        self.unsaid: list[str] | None = None  # for the first read in eval mode; None until it was looked into
+        self._recurrent = [submodule for submodule in self.modules if isinstance(submodule, nn.RNNBase)]
+        self._normed = any(type(submodule).__name__ == "_WeightNorm" for submodule in self.modules)
+        params, buffers = {id(p): n for n, p in self.params.items()}, {id(b): n for n, b in self.buffers.items()}
+        self._param_slots = [slot for submodule in self.modules for slot in _slots(submodule._parameters, params)]
+        self._buffer_slots = [slot for submodule in self.modules for slot in _slots(submodule._buffers, buffers)]
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The user's own parameters, by deduplicated name."""
+        return dict(self.module.named_parameters())
+
+    @property
+    def buffers(self) -> Tensors:
+        """The user's own buffers, by deduplicated name."""
+        return dict(self.module.named_buffers())
+
+    @contextmanager
+    def swap(self, params: Mapping[str, Tensor], buffers: Tensors) -> Iterator[nn.Module]:
+        """Lend the module these parameters and buffers, and give it its own back on leaving.
+
+        Buffers are moved in place by the module's own forward; one that is assigned anew is written to `buffers`.
+        """
+        with held(self.modules):
+            empty = [(m._buffers, key) for m in self.modules for key, buffer in m._buffers.items() if buffer is None]
+            versions = list(map(_version, params.values()))
+            own = []
+            try:
+                for slots, lent in ((self._param_slots, params), (self._buffer_slots, buffers)):
+                    for tensors, key, name in slots:
+                        own.append((tensors, key, tensors[key]))
+                        tensors[key] = lent[name]
+                yield self.module
+            finally:
+                for tensors, key, name in self._buffer_slots:
+                    buffers[name] = tensors[key]
+                for tensors, key, tensor in own:
+                    tensors[key] = tensor
+                late = [key for tensors, key in empty if tensors[key] is not None]
+                for tensors, key in empty:
+                    tensors[key] = None
+                for submodule in self._recurrent:
+                    submodule._init_flat_weights()  # they cache their weights in a list, which would keep the graph
+                if list(map(_version, params.values())) != versions:
+                    self._refuse_writing(params, versions)
+        if late:
+            raise StageError(
+                f"the model fills a buffer in its forward that was None before ({', '.join(late)}), so it cannot be "
+                "carried from step to step; register it with its initial tensor: register_buffer(name, tensor)"
+            )
+
+    def _refuse_writing(self, params: Mapping[str, Tensor], versions: list[int]) -> None:
+        written = [name for (name, p), before in zip(params.items(), versions, strict=True) if p._version != before]
+        if any(p.requires_grad for name, p in self.params.items() if name in written):
+            raise StageError(
+                f"stage {self.stage!r}: the model ({type(self.module).__name__}) writes into its weights during a "
+                "call, which no gradient sees; compute a new tensor of them there (RWKV: config.rescale_every = 0)"
+            )
+
+    @contextmanager
+    def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
+        """Lend the module these tensors, in train or eval mode, ready to be differentiated twice.
+
+        Attention runs in the math kernel: the fused ones have no second derivative.
+        """
+        normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
+        with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation(), normed:
+            modes = list(map(_mode, self.modules))
+            try:
+                self.module.train(training)
+                yield self.module
+            finally:
+                for submodule, mode in zip(self.modules, modes, strict=True):
+                    submodule.training = mode
+
+    def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
+        """Run the module's forward with these parameters and buffers."""
+        with self.install(params, buffers, training) as module:
+            return module(*args, **kwargs)
+
+
+def _slots(tensors: dict[str, Any], names: Mapping[int, str]) -> list[Slot]:
+    return [(tensors, key, names[id(tensor)]) for key, tensor in tensors.items() if tensor is not None]
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """Weight norm by its formula `g v / ‖v‖`: torch's kernel takes ‖v‖ as a constant in the second derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+RECOMPUTES = (
+    "the model recomputes part of its forward during the backward (torch.utils.checkpoint), when the trained weights "
+    "are swapped back already; take the checkpointing out of its forward: estimators.Checkpointed() saves more memory"
+)
+
+
+@contextmanager
+def _refusing_recomputation() -> Iterator[None]:
+    """Raise if something inside the block asks to recompute saved tensors later, as `torch.utils.checkpoint` does."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    if hooks is not None:  # the user's own, around the unroll
+        yield
+        return
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTES):
+            yield
+    except RuntimeError as error:
+        if str(error) != RECOMPUTES:
+            raise
+        raise StageError(RECOMPUTES) from None
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a model was trained, for whoever uses it as it was.
+    """How a model was trained: in which stage, on what loss, for how many steps since its start or last reset.
 
-    Args:
-        stage: its name.
-        loss: what it minimised.
-        step: inner steps since its start or last reset.
-        read: of each way in which the loss called it, the names of the tensors that it read.
+    `read` has the names of the tensors that the loss called it with, for each way in which it did.
     """
 
     stage: str
@@ -84,13 +245,11 @@ class FunctionalModel:
         call: Call | None = None,
         trained: Training | None = None,
     ) -> None:
-        self._structure = structure
-        self._call = call or structure.call
-        self.params = dict(params)
-        self.buffers = buffers
-        self.training = training
+        self.structure = structure
+        self.params, self.buffers = dict(params), buffers
+        self.training, self.trained = training, trained
         self.optimizer_state = dict(optimizer_state or {})
-        self.trained = trained
+        self._call = call or structure.call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.trained is not None and not args:
@@ -100,7 +259,7 @@ class FunctionalModel:
     @property
     def config(self) -> Any:
         """The module's own `config` (of Hugging Face models), or None."""
-        return getattr(self._structure.module, "config", None)
+        return getattr(self.structure.module, "config", None)
 
     @property
     def step(self) -> int:
@@ -111,8 +270,8 @@ class FunctionalModel:
         """Note, in training, that these inputs are what the model is trained on, in whatever form it reads them."""
 
     def _call_buffers(self) -> Tensors:
-        if self._structure.unsaid and not self.training and torch.is_grad_enabled():
-            warnings.warn(self._structure.unsaid.pop(), RuntimeWarning, stacklevel=3)
+        if self.structure.unsaid and not self.training and torch.is_grad_enabled():
+            warnings.warn(self.structure.unsaid.pop(), RuntimeWarning, stacklevel=3)
         return {name: buffer.clone() for name, buffer in self.buffers.items()}
 
     def __getattr__(self, name: str) -> Any:
@@ -123,17 +282,17 @@ class FunctionalModel:
 
     def __repr__(self) -> str:
         mode = "train" if self.training else "eval"
-        return f"{type(self).__name__}({type(self._structure.module).__name__}, {len(self.params)} tensors, {mode})"
+        return f"{type(self).__name__}({type(self.structure.module).__name__}, {len(self.params)} tensors, {mode})"
 
     @contextmanager
     def as_module(self) -> Iterator[nn.Module]:
         """Lend the user's module these weights, so that its own methods (`generate`) use them, in the graph."""
-        with self._structure.install(self.params, self._call_buffers(), self.training) as module:
+        with self.structure.install(self.params, self._call_buffers(), self.training) as module:
             yield module
 
     def train(self, mode: bool = True) -> FunctionalModel:
         """Return the same model as a view in train mode (dropout on, batch statistics)."""
-        return self._with(self.params, training=mode)
+        return self.with_params(self.params, training=mode)
 
     def eval(self) -> FunctionalModel:
         """Return the same model as a view in eval mode."""
@@ -141,20 +300,20 @@ class FunctionalModel:
 
     def detach(self) -> FunctionalModel:
         """Return the same model with its weights taken out of the graph."""
-        return self._with({name: p.detach() if p.requires_grad else p for name, p in self.params.items()})
+        return self.with_params({name: p.detach() if p.requires_grad else p for name, p in self.params.items()})
 
-    @property
-    def structure(self) -> ModelStructure:
-        """Of the module that this model is a view of."""
-        return self._structure
-
-    def _with(
+    def with_params(
         self, params: Mapping[str, Tensor], training: bool | None = None, buffers: Tensors | None = None
     ) -> FunctionalModel:
-        mode = self.training if training is None else training
-        buffers = self.buffers if buffers is None else buffers
-        beside: dict[str, Any] = {"optimizer_state": self.optimizer_state, "trained": self.trained}
-        return FunctionalModel(self._structure, params, buffers, training=mode, **beside)
+        """Return the same model with other weights, in its own mode and with its own buffers where none are given."""
+        return FunctionalModel(
+            self.structure,
+            params,
+            self.buffers if buffers is None else buffers,
+            training=self.training if training is None else training,
+            optimizer_state=self.optimizer_state,
+            trained=self.trained,
+        )
 
 
 class Models(dict[str, FunctionalModel]):
@@ -171,9 +330,9 @@ class InnerModel(FunctionalModel):
     read: set[frozenset[str]] | None = None  # the names of what it reads are added here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args:
+        if not args and self.read is not None:
             self.note_reading(kwargs)
-        return super().__call__(*args, **kwargs)
+        return self._call(self.params, self.buffers, self.training, args, kwargs)
 
     def note_reading(self, inputs: Mapping[str, Any]) -> None:
         if self.read is not None:
@@ -190,73 +349,3 @@ class InnerModel(FunctionalModel):
     def train(self, mode: bool = True) -> FunctionalModel:
         """Return the model itself, which is in train mode already, or a view in eval mode."""
         return self if mode else super().train(False)
-
-
-class _View(nn.Module):
-    """What `higher` patches: the trained parameters under plain names, and a forward that hands them on."""
-
-    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
-        self.names = list(params)
-        for i, param in enumerate(params.values()):
-            self.register_parameter(f"p{i}", param)
-
-    def forward(self, run: Callable[[Tensors], Any]) -> Any:
-        return run({name: getattr(self, f"p{i}") for i, name in enumerate(self.names)})
-
-
-class DifferentiableCopy:
-    """One `higher` inner loop over a model: `params` → `call` → `step`, every step kept in the graph."""
-
-    def __init__(self, structure: ModelStructure, names: list[str], fmodel: Any, diffopt: Any) -> None:
-        self._structure = structure
-        self._names = names
-        self._fmodel = fmodel
-        self._diffopt = diffopt
-
-    @property
-    def params(self) -> Tensors:
-        """The present fast weights, by name."""
-        return dict(zip(self._names, self._fmodel.fast_params, strict=True))
-
-    def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
-        """Run the model through `higher`'s patched view; frozen parameters come along as they are."""
-
-        def run(fast: Tensors) -> Any:
-            return self._structure.call({**params, **fast}, buffers, training, args, kwargs)
-
-        return self._fmodel(run, params=[params[name] for name in self._names])
-
-    def step(self, loss: Tensor, params: Mapping[str, Tensor], **options: Any) -> Tensors:
-        """Take one inner step by `higher`'s differentiable optimizer: gradient of `loss`, then update."""
-        fast = self._diffopt.step(loss, params=[params[name] for name in self._names], **options)
-        return dict(zip(self._names, fast, strict=True))
-
-    def release(self) -> None:
-        """Let go of what the optimizer holds of the graph."""
-        self._diffopt.release()
-
-    @property
-    def optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """The inner optimizer's state by parameter name, in the graph."""
-        return self._diffopt.named_state
-
-
-@contextmanager
-def differentiable_copy(structure: ModelStructure, optimizer: Any, names: list[str]) -> Iterator[DifferentiableCopy]:
-    """Open `higher.innerloop_ctx` over the parameters `names` of a module; release what it holds on leaving.
-
-    Args:
-        structure: of the user's module, whose weights are copied and never changed.
-        optimizer: what `metaopt.optimizers.rule` registered with `higher`.
-        names: the trained parameters, in the optimizer's order.
-    """
-    view = _View({name: structure.params[name] for name in names})
-    with higher.innerloop_ctx(view, optimizer, copy_initial_weights=True) as (fmodel, diffopt):
-        opened = DifferentiableCopy(structure, names, fmodel, diffopt)
-        try:
-            yield opened
-        finally:
-            fmodel._fast_params = []  # higher refers in circles to every step's weights, and they to their graph
-            fmodel._parameters.clear()
-            opened.release()

@@ -20,7 +20,7 @@ from metaopt.core.contracts import Upstream
 from metaopt.core.graphs import nodes
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, named_tensors
-from metaopt.core.non_finite import LOOK, _broken
+from metaopt.core.plain import LOOK, broken
 from metaopt.core.view import FunctionalModel, Models
 from metaopt.estimators.products.base import DoubleBackward, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.step_loss import Key, StepLoss
@@ -75,7 +75,7 @@ def located(
 
 
 def _with_leaves(model: FunctionalModel, names: Sequence[str]) -> FunctionalModel:
-    return model._with({n: p.detach().requires_grad_(n in names) for n, p in model.params.items()})
+    return model.with_params({n: p.detach().requires_grad_(n in names) for n, p in model.params.items()})
 
 
 def _at_objective(
@@ -88,8 +88,8 @@ def _at_objective(
     leaves |= {(stage, n): p for stage, model in models.items() for n, p in model.params.items() if p.requires_grad}
     gradients = torch.autograd.grad(meta_loss, list(leaves.values()), allow_unused=True)
     cotangents |= {key: g for key, g in zip(leaves, gradients, strict=True) if g is not None}
-    broken = _broken({f"{stage}.{name}" if stage else name: g for (stage, name), g in cotangents.items()})
-    return f"in the meta-objective: its derivative by {broken} is not finite; {LOOK}" if broken else None
+    bad = broken({f"{stage}.{name}" if stage else name: g for (stage, name), g in cotangents.items()})
+    return f"in the meta-objective: its derivative by {bad} is not finite; {LOOK}" if bad else None
 
 
 def _through_stage(
@@ -103,7 +103,7 @@ def _through_stage(
     for t in reversed(range(loop.num_steps)):
         record = sweep.rebuild(t, False)
         last, below = below, sweep.step_back(t, record, below, cotangents)
-        if _broken(below.params) or _broken(below.state) or _broken(cotangents):
+        if broken(below.params) or broken(below.state) or broken(cotangents):
             return f"in stage {loop.name!r}, at inner step {t} of {loop.num_steps}: {_half(sweep, t, record, last)}"
     learned = {name: p for name, p in start.items() if p.grad_fn is not None and name in below.params}
     if learned:
@@ -111,7 +111,7 @@ def _through_stage(
         leaves = list(named_tensors(meta_params).values())
         gradients = torch.autograd.grad(heads, leaves, weights, allow_unused=True)
         cotangents |= {(loop.name, f"initial {i}"): g for i, g in enumerate(gradients) if g is not None}
-    if _broken(cotangents):
+    if broken(cotangents):
         return f"in stage {loop.name!r}, before its first inner step: in a learned start"
     return None
 
@@ -120,7 +120,7 @@ def _half(sweep: Sweep, t: int, record: StepRecord, above: Below) -> str:
     """Say which half of a step has no finite derivative, and at which line if torch finds it."""
     gradient, _ = sweep.linearize(t, record, Wanted())
     raw = record.gradient or dict(zip(record.params, gradient, strict=True))
-    if _broken(sweep.update_back(t, record, raw, above, {})[1]):
+    if broken(sweep.update_back(t, record, raw, above, {})[1]):
         return "the optimizer's own step, or the gradient transform, has no finite derivative there; raise its eps"
     sweep.product = looking = _Looking()
     sweep.step_back(t, record, above, {})
@@ -146,7 +146,7 @@ class _Looking(DoubleBackward):
         return gradients, lambda u: (linearized(gradients, u, at, True), linearized(gradients, u, beside))
 
     def _look(self, node: Any, below: Sequence[Tensor | None], above: Sequence[Tensor | None]) -> None:
-        if not self.line and _broken(dict(enumerate(below))) and not _broken(dict(enumerate(above))):
+        if not self.line and broken(dict(enumerate(below))) and not broken(dict(enumerate(above))):
             self.line = _line_of(node)
 
 

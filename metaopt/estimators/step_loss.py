@@ -89,7 +89,7 @@ class StepLoss:
         for stage, model in self.upstream.items():
             own, buffers = tree["upstream"][stage]
             lent = {n: x for (of, n), x in given.items() if of == stage}
-            models[stage] = model._with({**own, **lent}, buffers=buffers)
+            models[stage] = model.with_params({**own, **lent}, buffers=buffers)
         with rebound(self.meta_params, {name: x for (stage, name), x in given.items() if stage is None}):
             at = (self.t, weights, tree["buffers"], self.meta_params, models)
             return self.loop.loss_at(*at, batches=tree["batches"])[0]

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from metaopt.base.errors import StageError
 from metaopt.core.contracts import Tensors, Upstream
 from metaopt.core.graphs import graph_leaves
-from metaopt.core.guards import refuse_second_derivative
+from metaopt.core.graphs import refuse_second_derivative
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors, rebound
 from metaopt.core.plain import PlainSteps
@@ -76,7 +76,7 @@ class Sweep:
         result: list[InnerResult] = []
         outputs = _Stage.apply(self, result, len(start), *start.values(), *self.others.values())
         done = result[0]
-        done.model = done.model._with({**done.model.params, **dict(zip(start, outputs, strict=True))})
+        done.model = done.model.with_params({**done.model.params, **dict(zip(start, outputs, strict=True))})
         return done
 
     # --- forward ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt.base.errors import ConfigError
 from metaopt.core.chain import TrainedChain
 from metaopt.core.contracts import evaluate, require_scalar
-from metaopt.core.guards import refuse_second_derivative
+from metaopt.core.graphs import refuse_second_derivative
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 
 
@@ -64,7 +64,7 @@ def _cut(trained: TrainedChain) -> tuple[list[Tensor], list[Tensor], TrainedChai
                 sources.append(param)
                 leaves.append(param.detach().requires_grad_())
                 params[key] = leaves[-1]
-        results[name] = replace(result, model=result.model._with(params))
+        results[name] = replace(result, model=result.model.with_params(params))
     return sources, leaves, TrainedChain(results, trained.version)
 
 

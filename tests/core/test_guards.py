@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 
 import metaopt
-from metaopt.core.structure import _PlainWeightNorm
+from metaopt.core.view import _PlainWeightNorm
 from metaopt.estimators import Checkpointed, Unrolled
 
 VALIDATION = feature_batches(1, seed=8)[0]

@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"num_steps": 0}, r"num_steps=0 must be a whole number of at least 1"),
     "a fraction of steps": ({"num_steps": 2.5}, r"num_steps=2\.5"),
     "no batches per step": ({"accumulate": 0}, r"accumulate=0"),
-    "a loss that is a tensor": ({"loss": torch.ones(())}, r"loss is a Tensor; give an InnerLoss or a function"),
+    "a loss that is a tensor": ({"loss": torch.ones(())}, r"the loss is a Tensor; give a function of"),
     "an optimizer by name": ({"optimizer": "adam"}, r"optimizer is a str; give functools\.partial\(torch\.optim\.Adam"),
     "an optimizer that is not proven": (
         {"optimizer": functools.partial(torch.optim.Rprop, lr=0.1)},

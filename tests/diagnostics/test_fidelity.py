@@ -198,7 +198,7 @@ class Doubled(Unrolled):
 
     def differentiate(self, loop: Any, meta_params: Any, upstream: Any) -> Any:
         result = super().differentiate(loop, meta_params, upstream)
-        result.model = result.model._with({n: 2 * p - p.detach() for n, p in result.model.params.items()})
+        result.model = result.model.with_params({n: 2 * p - p.detach() for n, p in result.model.params.items()})
         return result
 
 

@@ -140,7 +140,7 @@ def test_decoded_writes_the_trained_teachers_greedy_answers():
     never_ending = Decoded(batches, **{**TOKENS, "eos_token_id": 99}).write({"teacher": teacher}, batches)
     eos = int(never_ending[0]["labels"][0, 2])  # a token that some answers hold
     written = Decoded(batches, **{**TOKENS, "eos_token_id": eos}).write({"teacher": teacher}, batches)
-    plain = plain_copy(teacher._structure.module, teacher).eval()
+    plain = plain_copy(teacher.structure.module, teacher).eval()
     lengths = set()
     for batch, made in zip(batches, written, strict=True):
         for row, answer in enumerate(decoded_by_hand(plain, batch, eos)):

@@ -24,8 +24,7 @@ from transformers import (
 )
 
 import metaopt
-from metaopt.core.structure import ModelStructure
-from metaopt.core.view import FunctionalModel
+from metaopt.core.view import FunctionalModel, ModelStructure
 from metaopt.data.text_tokens import character_tokenizer
 from metaopt.losses.logits import model_inputs
 

@@ -11,8 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, EncoderDecoderModel
 
 from metaopt import ConfigError
-from metaopt.core.structure import ModelStructure
-from metaopt.core.view import FunctionalModel
+from metaopt.core.view import FunctionalModel, ModelStructure
 from metaopt.losses.decoding import evaluating, greedy_decode
 from metaopt.models.small import MLP, check_fits, encoder_decoder, pretrained_encoder_decoder
 

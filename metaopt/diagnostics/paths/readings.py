@@ -113,11 +113,11 @@ def read_chain(chain: Chain, objective: Any, batch: Any, meta_params: AnyMetaPar
     watch = Watch()
     for name, tensor in named_tensors(meta_params).items():
         watch.add_source(("meta-parameter", name), [tensor])
-    owners = chain._owners_apart_from(meta_params)
+    chain.check(meta_params)
     readings, results, models = [], {}, Models()
     with torch.enable_grad():
         for name, stage in chain.stages.items():
-            found, results[name] = _StageReader(watch, name, stage, meta_params, models, owners).read()
+            found, results[name] = _StageReader(watch, name, stage, meta_params, models, chain.owners).read()
             readings += found
             models = Models({**models, name: results[name].model})
         trained = TrainedChain(results, version=None)

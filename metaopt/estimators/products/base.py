@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaopt.core.guards import refuse_single_derivative
+from metaopt.core.graphs import refuse_single_derivative
 from metaopt.estimators.step_loss import StepLoss
 
 Cotangents = list[Tensor | None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError
-from metaopt.core.guards import refuse_given_weights
+from metaopt.core.graphs import refuse_given_weights
 from metaopt.estimators.products.base import Cotangents, Product, Pullback, Wanted, leaves
 from metaopt.estimators.step_loss import StepLoss
 
