@@ -15,14 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.base.errors import ConfigError, MissingPathError, NonFiniteError, did_you_mean
-from metaopt.base.random_state import derived_seed, draw_seed, seeded
 from metaopt.base.ranges import check_counts
-from metaopt.base.streams import BatchStream
-from metaopt.base.telling import require_arguments
+from metaopt.base.streams import BatchStream, derived_seed, draw_seed, seeded
 from metaopt.core.chain import Chain, TrainedChain
-from metaopt.core.contracts import MetaObjective, evaluate, require_scalar
-from metaopt.core.graphs import entries
-from metaopt.core.hypergradient import accumulate, hypergradient
+from metaopt.core.contracts import MetaObjective, evaluate, require_arguments, require_scalar
+from metaopt.core.graphs import accumulate, entries, hypergradient
 from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.diagnostics.non_finite import located
 from metaopt.diagnostics.paths.explain import explained
@@ -75,9 +72,7 @@ class Selection:
         self.batches = list(self.batches)
         if not self.batches:
             raise ConfigError("selection: there is not a single batch to score")
-        for name, count in (("every", self.every), ("patience", self.patience)):
-            if count is not None and count < 1:
-                raise ConfigError(f"selection: {name}={count} must be at least 1")
+        check_counts("selection", every=self.every, **({} if self.patience is None else {"patience": self.patience}))
 
 
 class MetaTrainer:
@@ -151,25 +146,27 @@ class MetaTrainer:
         Afterwards the meta-parameters are those of the best look at the selection stream, if there was one; to go on
         with a run, take `state_dict()` in an observer, before that.
         """
-        start, meta_loss, stopped = time.perf_counter(), float("nan"), False
+        start, meta_loss, stopped, selection = time.perf_counter(), float("nan"), False, self.selection
         with progress_bar(progress, "meta-steps", meta_steps, done=self.step) as advance:
             while self.step < meta_steps and not stopped:
-                began = time.perf_counter()
-                looks = self._is_look(self.step + 1, meta_steps)
+                began, step = time.perf_counter(), self.step + 1
+                looks = selection is not None and (step % selection.every == 0 or step == meta_steps)
                 used = self._meta_state() if looks else {}
                 trained, record = self.meta_step()
                 meta_loss = record["meta_loss"]
-                if looks and self.selection is not None:
-                    record |= self._look(trained, used)
-                    patience = self.selection.patience
-                    stopped = patience is not None and self._best["looks_since"] >= patience
+                if selection is not None and looks:
+                    record |= self._look(selection, trained, used)
+                    stopped = selection.patience is not None and self._best["looks_since"] >= selection.patience
                 record["seconds"] = time.perf_counter() - began
                 for observe in self.observers:
                     observe(record)
                 advance(f"meta-loss {meta_loss:.4f}")
-        self.last_meta_params = self._meta_state() if self.learns and self._best["meta_params"] is not None else None
-        self._restore_best()
         best = self._best
+        if best["meta_params"] is not None:
+            self.last_meta_params = self._meta_state() if self.learns else None
+            self._load_meta_params(best["meta_params"])
+        else:
+            self.last_meta_params = None
         return MetaResult(self.step, meta_loss, best["score"], best["step"], time.perf_counter() - start, stopped)
 
     def meta_step(self) -> tuple[TrainedChain, dict[str, Any]]:
@@ -190,10 +187,10 @@ class MetaTrainer:
     def meta_loss(self, trained: TrainedChain) -> Tensor:
         """Return the meta-loss of trained models on the next validation batches; the stream stays where it is."""
         with seeded(derived_seed(self.seed, self.step)):
-            if self.validation_batches == 1:
-                found = evaluate(self.objective, trained, self.next_batch(), self.meta_params)
+            batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
+            if len(batches) == 1:
+                found = evaluate(self.objective, trained, batches[0], self.meta_params)
             else:
-                batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
                 found = mean_meta_loss(self.objective, trained, batches, self.meta_params)
         return require_scalar(found, f"the meta-objective {type(self.objective).__name__}", needs_graph=False)
 
@@ -225,40 +222,25 @@ class MetaTrainer:
         self.chain.commit(trained)
         self.chain.reset([name for name, period in self.carry.items() if period and self.step % period == 0])
 
-    def _is_look(self, step: int, meta_steps: int) -> bool:
-        return self.selection is not None and (step % self.selection.every == 0 or step == meta_steps)
-
     def _meta_state(self) -> dict[str, Any]:
         return {name: copy.deepcopy(module.state_dict()) for name, module in as_named(self.meta_params).items()}
 
-    def _look(self, trained: TrainedChain, used: dict[str, Any]) -> dict[str, float]:
-        """Score the trained stage on the selection stream; keep the meta-parameters it was trained with if it is best.
-
-        Args:
-            trained: models of this meta-step.
-            used: the meta-parameters before the meta-optimizer moved them.
-        """
-        assert self.selection is not None
-        metrics, score, better = self._score(self.selection, trained)
-        if better:
+    def _look(self, selection: Selection, trained: TrainedChain, used: dict[str, Any]) -> dict[str, float]:
+        """Score a trained stage on the selection stream; of the best score, keep the meta-parameters it used."""
+        batches = [self.chain.move(batch) for batch in selection.batches]
+        with torch.no_grad(), seeded(derived_seed(self.seed, self.step, _LOOK)):
+            if selection.score is None or selection.metric is None:
+                key, sign, metrics = "loss", -1, {"loss": self.mean_loss(trained, batches)}
+            else:
+                key, sign, metrics = selection.metric, 1, selection.score(as_trained(trained, selection.stage), batches)
+        if key not in metrics:
+            raise ConfigError(f"selection: no metric {key!r}{did_you_mean(key, metrics)}")
+        score, best = metrics[key], self._best["score"]
+        if math.isfinite(score) and (best is None or sign * score > sign * best):
             self._best = {"score": score, "step": self.step, "meta_params": used, "looks_since": 0}
         else:
             self._best["looks_since"] += 1
         return {f"selection/{name}": value for name, value in metrics.items()}
-
-    @torch.no_grad()
-    def _score(self, selection: Selection, trained: TrainedChain) -> tuple[Mapping[str, float], float, bool]:
-        batches = [self.chain.move(batch) for batch in selection.batches]
-        best = self._best["score"]
-        with seeded(derived_seed(self.seed, self.step, _LOOK)):
-            if selection.score is None or selection.metric is None:
-                loss = self.mean_loss(trained, batches)
-                return {"loss": loss}, loss, math.isfinite(loss) and (best is None or loss < best)
-            metrics = selection.score(as_trained(trained, selection.stage), batches)
-        if selection.metric not in metrics:
-            raise ConfigError(f"selection: no metric {selection.metric!r}{did_you_mean(selection.metric, metrics)}")
-        score = metrics[selection.metric]
-        return metrics, score, math.isfinite(score) and (best is None or score > best)
 
     @torch.no_grad()
     def mean_loss(self, trained: TrainedChain, batches: Iterable[Any]) -> float:
@@ -267,10 +249,9 @@ class MetaTrainer:
         losses = [float(evaluate(self.objective, trained, batch, self.meta_params)) for batch in moved]
         return sum(losses) / len(losses)
 
-    def _restore_best(self) -> None:
-        if self._best["meta_params"] is not None:
-            for name, module in as_named(self.meta_params).items():
-                module.load_state_dict(self._best["meta_params"][name])
+    def _load_meta_params(self, state: Mapping[str, Any]) -> None:
+        for name, module in as_named(self.meta_params).items():
+            module.load_state_dict(state[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on."""
@@ -287,8 +268,7 @@ class MetaTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; the run goes on bit for bit."""
         self.chain.load_state_dict(state["chain"])
-        for name, module in as_named(self.meta_params).items():
-            module.load_state_dict(state["meta_params"][name])
+        self._load_meta_params(state["meta_params"])
         if self.meta_optimizer is not None:
             self.meta_optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
         self.validation.load_state_dict(state["validation"])

@@ -189,8 +189,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "selection: no stage 'studnet' .did you mean 'student'",
     ),
     "no selection batches": (lambda: Selection([], "student"), "not a single batch"),
-    "never a look": (lambda: Selection(feature_batches(), "student", every=0), "every=0 must be at least 1"),
-    "no patience": (lambda: Selection(feature_batches(), "student", patience=0), "patience=0 must be at least 1"),
+    "never a look": (
+        lambda: Selection(feature_batches(), "student", every=0),
+        "every=0 must be a whole number",
+    ),
+    "no patience": (
+        lambda: Selection(feature_batches(), "student", patience=0),
+        "patience=0 must be a whole number",
+    ),
     "a one-shot validation stream": (lambda: trainer(validation=iter(feature_batches())), "can be read only once"),
 }
 

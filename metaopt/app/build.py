@@ -19,7 +19,7 @@ from torch import nn
 
 from metaopt.app.tracking import load_meta_params
 from metaopt.base.errors import ConfigError, MetaoptError
-from metaopt.base.random_state import derived_seed, seeded
+from metaopt.base.streams import derived_seed, seeded
 from metaopt.core.chain import Chain
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.core.stage import Stage

@@ -20,13 +20,14 @@ from metaopt.app.final import doubts, weight_quality, weights_of
 from metaopt.app.job import FEW, Job
 from metaopt.app.tracking import save_meta_params, save_models
 from metaopt.base.errors import with_note
-from metaopt.base.random_state import seeded
+from metaopt.base.streams import seeded
 from metaopt.core.chain import TrainedChain
 from metaopt.core.contracts import MetaObjective
-from metaopt.core.meta_params import baseline, named_tensors, summary
+from metaopt.core.meta_params import named_tensors
 from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.check import check_hypergradient
 from metaopt.losses.pipeline import as_trained
+from metaopt.meta_params.tables import baseline, summary
 from metaopt.trainer import MetaResult, MetaTrainer
 
 NUM_ANSWERS = 6

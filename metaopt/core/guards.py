@@ -45,7 +45,7 @@ _SHARDED = (
 def _problem_of_module(m: Any) -> str | None:
     kinds = {kind.__name__ for kind in type(m).__mro__}
     hooks = {kind.__name__ for hook in m._forward_pre_hooks.values() for kind in type(hook).__mro__}
-    learned = isinstance(m, ParametrizationList) and any(p.requires_grad for p in m.parameters())
+    spectral = isinstance(m, ParametrizationList) and any(type(part).__name__ == "_SpectralNorm" for part in m)
     table = isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.weight.requires_grad
     forward = m.__dict__.get("forward")
     problems = (
@@ -85,7 +85,7 @@ def _problem_of_module(m: Any) -> str | None:
             "it permanent: torch.nn.utils.prune.remove(module, name)",
         ),
         (
-            learned and any(type(part).__name__ == "_SpectralNorm" for part in m),
+            spectral and any(p.requires_grad for p in m.parameters()),
             "is a spectral norm, whose power iteration has no graph, so that its part of the second derivative is "
             "lost; register a parametrization that returns `weight / torch.linalg.matrix_norm(weight, 2)`, or freeze "
             "the weight",

@@ -17,13 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import NonFiniteError, StageError
-from metaopt.base.random_state import seeded
-from metaopt.base.telling import described, taken_by, telling
-from metaopt.core.contracts import Gradients, InnerLoss, LossFunction, Tensors, Transform, Upstream, require_scalar
+from metaopt.base.streams import seeded
+from metaopt.core.contracts import (
+    Gradients,
+    InnerLoss,
+    LossFunction,
+    Transform,
+    Upstream,
+    described,
+    require_scalar,
+    taken_by,
+    telling,
+)
 from metaopt.core.graphs import refuse_graph, refuse_single_derivative
 from metaopt.core.meta_params import AnyMetaParameters, as_given
 from metaopt.core.plain import first_in_training
-from metaopt.core.view import Call, FunctionalModel, InnerModel, ModelStructure, Training
+from metaopt.core.view import Call, FunctionalModel, InnerModel, ModelStructure, Tensors, Training
 from metaopt.optimizers.flattened import State
 from metaopt.optimizers.rule import UpdateRule
 
@@ -78,7 +87,7 @@ class InnerLoop:
     # --- where it starts ----------------------------------------------------------------------------------------
 
     @property
-    def own(self) -> Tensors:
+    def own(self) -> dict[str, nn.Parameter]:
         """The trained parameters of the user's own module, by name."""
         params = self.structure.params
         return {name: params[name] for name in self.rule.names}
@@ -192,7 +201,7 @@ class InnerLoop:
                 "call the `model` that the loss is handed"
             )
 
-    def watch(self, losses: Sequence[Tensor]) -> None:
+    def watch(self, losses: list[Tensor]) -> None:
         """Stop at a loss that is not finite; an accelerator is asked every few steps, since asking waits for it."""
         every = 1 if self.device.type == "cpu" else _LOOK_EVERY
         if len(losses) % every == 0 and not bool(torch.stack(losses[-every:]).detach().isfinite().all()):

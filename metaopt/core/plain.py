@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaopt.core.contracts import Gradients, OnStep, Tensors, Upstream
+from metaopt.core.contracts import Gradients, OnStep, Upstream
 from metaopt.core.graphs import entries
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
-from metaopt.core.view import Models
+from metaopt.core.view import Models, Tensors
 from metaopt.optimizers.flattened import State
 
 if TYPE_CHECKING:

@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaopt.base.errors import ConfigError, StageError
-from metaopt.base.random_state import derived_seed, draw_seed, seeded
 from metaopt.base.ranges import check_counts
-from metaopt.base.streams import BatchStream, Passing, move
-from metaopt.base.telling import require_arguments, telling
-from metaopt.core.contracts import Estimator, HandOver, InnerLoss, LossFunction, OnStep, Transform, Upstream
+from metaopt.base.streams import BatchStream, Passing, derived_seed, draw_seed, move, seeded
+from metaopt.core.contracts import (
+    Estimator,
+    HandOver,
+    InnerLoss,
+    LossFunction,
+    OnStep,
+    Transform,
+    Upstream,
+    require_arguments,
+    telling,
+)
 from metaopt.core.guards import refuse_unsupported, refuse_unusable
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, as_given

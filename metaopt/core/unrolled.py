@@ -10,10 +10,11 @@ from typing import Any
 import higher
 from torch import Tensor, nn
 
-from metaopt.core.contracts import Estimator, Tensors, Upstream
+from metaopt.core.contracts import Estimator, Upstream
 from metaopt.core.graphs import behind_boundary, stages_read
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.core.view import Tensors
 from metaopt.optimizers.rule import HigherOptimizer
 
 

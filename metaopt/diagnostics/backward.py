@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from metaopt.base.errors import MissingPathError
-from metaopt.core import hypergradient as layer
+from metaopt.core import graphs as layer
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.diagnostics.paths.explain import explained_by_graph
 

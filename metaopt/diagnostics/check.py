@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError, MetaoptError, StageError, did_you_mean
-from metaopt.base.random_state import seeded
-from metaopt.base.telling import is_library
+from metaopt.base.streams import seeded
 from metaopt.core.chain import Chain
-from metaopt.core.contracts import MetaObjective
+from metaopt.core.contracts import MetaObjective, is_library
 from metaopt.core.guards import moved_buffers
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.backward import hypergradient

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaopt.base.random_state import seeded
+from metaopt.base.streams import seeded
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import Estimator, evaluate
 from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from metaopt.base.errors import ConfigError, StageError
 from metaopt.base.ranges import check_counts
-from metaopt.core.contracts import Estimator, Tensors, Upstream
+from metaopt.core.contracts import Estimator, Upstream
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.core.view import Tensors
 from metaopt.estimators.products.base import DoubleBackward, Product, Wanted
 from metaopt.estimators.step_loss import Key
 from metaopt.estimators.sweep import Sweep

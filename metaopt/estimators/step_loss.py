@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metaopt.base.random_state import seeded
+from metaopt.base.streams import seeded
 from metaopt.core.contracts import Upstream
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import AnyMetaParameters, as_named, rebound

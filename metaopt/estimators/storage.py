@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.base.errors import ConfigError, did_you_mean
-from metaopt.core.contracts import Tensors
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.plain import PlainSteps
+from metaopt.core.view import Tensors
 from metaopt.estimators.places import PLACES, Place, PlaceName, make_place, put_tree
 from metaopt.optimizers.flattened import State
 

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaopt.base.errors import StageError
-from metaopt.core.contracts import Tensors, Upstream
-from metaopt.core.graphs import graph_leaves
-from metaopt.core.graphs import refuse_second_derivative
+from metaopt.core.contracts import Upstream
+from metaopt.core.graphs import graph_leaves, refuse_second_derivative
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors, rebound
 from metaopt.core.plain import PlainSteps
-from metaopt.core.view import Models
+from metaopt.core.view import Models, Tensors
 from metaopt.estimators.products.base import Product, Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.storage import StepRecord, Storage

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from metaopt.core.contracts import Tensors
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import AnyMetaParameters, rebound
+from metaopt.core.view import Tensors
 from metaopt.estimators.products.base import leaves, linearized
 from metaopt.estimators.storage import StepRecord
 from metaopt.optimizers.flattened import JointStep

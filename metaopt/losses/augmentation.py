@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from metaopt.base.errors import ConfigError, StageError
 from metaopt.base.ranges import check_counts
 from metaopt.core.contracts import InnerLoss, Upstream
-from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform, select
+from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.logits import model_inputs
+from metaopt.meta_params.tables import select
 
 EMBEDDINGS = "inputs_embeds"
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.core.contracts import MetaObjective, Trained
-from metaopt.core.meta_params import AnyMetaParameters, select
+from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.losses.logits import IGNORED, aligned_labels, label_losses, logits_of, mean_over_positions, model_inputs
 from metaopt.losses.pipeline import as_trained
+from metaopt.meta_params.tables import select
 
 
 class ValidationLoss(MetaObjective):

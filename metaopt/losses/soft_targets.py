@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts
 from metaopt.core.contracts import InnerLoss, Upstream
-from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, in_bounds, look_up, select
+from metaopt.core.meta_params import AnyMetaParameters, MetaParameters
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.logits import logits_of, model_inputs
+from metaopt.meta_params.tables import in_bounds, look_up, select
 
 
 class SoftTargets(MetaParameters):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.core.contracts import InnerLoss, Upstream
-from metaopt.core.meta_params import AnyMetaParameters, select
+from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.logits import (
     counted,
@@ -18,6 +18,7 @@ from metaopt.losses.logits import (
     model_inputs,
     weighted_mean,
 )
+from metaopt.meta_params.tables import select
 
 
 class CrossEntropy(InnerLoss):

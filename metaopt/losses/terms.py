@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.core.contracts import InnerLoss, Upstream
-from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform, select
+from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform
 from metaopt.core.view import FunctionalModel
+from metaopt.meta_params.tables import select
 
 
 class TermWeights(MetaParameters):

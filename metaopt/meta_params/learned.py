@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import matching
-from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform, select
+from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform
+from metaopt.meta_params.tables import select
 
 # Name → raw number ↦ value, its inverse, and the bounds of what it reaches
 _FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[float, float]]] = {

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from metaopt.base.errors import ConfigError, did_you_mean
-from metaopt.core.meta_params import MetaParameters, look_up
+from metaopt.core.meta_params import (
+    AnyMetaParameters,
+    MetaParameters,
+    TensorWeights,
+    Uniform,
+    as_given,
+    as_named,
+    named_tensors,
+)
 
 PARAMETRISATIONS = ("softmax", "sigmoid")
 MOST_SHOWN = 32  # numbers that a summary lists
@@ -133,3 +143,89 @@ class FixedWeights(MetaParameters):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the weight of each example of the batch [batch size]."""
         return look_up(self.table, batch, self.key, type(self).__name__)
+
+
+class ExampleTensor(TensorWeights):
+    """A user's own tensor as losses read it: entry i is the weight of example i."""
+
+    key = "index"
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight of each example of the batch [batch size]."""
+        return look_up(self.weights(), batch, self.key, "a tensor as meta-parameters")
+
+
+# --- how losses and reports read meta-parameters ----------------------------------------------------------------
+
+
+def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any:
+    """Return the module that the class `reader` reads: the one called `name`, or the only one there is."""
+    alone = isinstance(meta_params, (Tensor, nn.Module)) and not isinstance(meta_params, nn.ModuleDict)
+    if alone and name is not None:
+        raise ConfigError(f"{reader} reads meta-parameters {name!r}, but they are one module without a name")
+    modules: Any = {"": meta_params} if alone else meta_params
+    if name is None and len(modules) == 1:
+        (found,) = modules.values()
+    elif name in modules:
+        found = modules[name]
+    else:
+        hint = did_you_mean(name or "", modules)
+        raise ConfigError(f"{reader} must say which meta-parameters it reads: {reader}(weights=...){hint}")
+    return ExampleTensor(found) if isinstance(found, Tensor) else found
+
+
+def in_bounds(index: Tensor, size: int) -> bool:
+    """Whether all of `index` lies in [0, size); a tensor of a captured graph has no values yet, and passes."""
+    if isinstance(index, FakeTensor) or not index.numel():
+        return True
+    return int(index.min()) >= 0 and int(index.max()) < size
+
+
+def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, sparse: bool = False) -> Tensor:
+    """Return the row of a table [n] or [n, C] at each of `batch[key]`, after checking that there is one for each.
+
+    `sparse` lets the table's gradient hold only the rows that are read.
+    """
+    if key not in batch:
+        raise ConfigError(
+            f"{reader} reads batch[{key!r}], which this batch lacks (it has: {', '.join(batch)}); let the data set add "
+            "it, or weigh by another key"
+        )
+    index = batch[key]
+    if not in_bounds(index, len(table)):
+        raise ConfigError(
+            f"{reader} has {len(table)} weights, and batch[{key!r}] runs from {int(index.min())} to "
+            f"{int(index.max())}; number from 0, and build it with one weight for each"
+        )
+    return _SparseRows.apply(table, index) if sparse else table[index]
+
+
+class _SparseRows(torch.autograd.Function):
+    """`table[index]`, whose gradient is a sparse tensor that holds only the rows that were read."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = table.shape
+        return table[index]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        rows = gradients[0].reshape(index.numel(), *ctx.shape[1:])
+        return torch.sparse_coo_tensor(index.reshape(1, -1), rows, ctx.shape, check_invariants=False), None
+
+
+def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:
+    """Return what training without these meta-parameters uses in their place."""
+    plain = {n: m.baseline() if isinstance(m, MetaParameters) else Uniform() for n, m in as_named(meta_params).items()}
+    like = next(iter(named_tensors(meta_params).values()), None)
+    for module in plain.values():
+        module.requires_grad_(False).to(like) if like is not None else None
+    return as_given(plain.get("", plain))
+
+
+def summary(meta_params: AnyMetaParameters) -> dict[str, float]:
+    """Return the few numbers that tell what was learned, by name."""
+    parts = {name: m.summary() for name, m in as_named(meta_params).items() if isinstance(m, MetaParameters)}
+    return {": ".join(filter(None, (name, key))): value for name, s in parts.items() for key, value in s.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from metaopt.base.random_state import derived_seed, draw_seed, seeded
+from metaopt.base.streams import derived_seed, draw_seed, seeded
 
 
 def drawn() -> tuple[float, float, float]:

@@ -18,7 +18,8 @@ from small_models import Linear
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.core.meta_params import baseline, named_tensors, summary
+from metaopt.core.meta_params import named_tensors
+from metaopt.meta_params.tables import baseline, summary
 
 EXACT = 1e-12
 

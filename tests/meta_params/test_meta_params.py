@@ -10,7 +10,8 @@ from small import assert_same, example_weights, feature_batches, meta_loss, one_
 from torch import nn
 
 import metaopt
-from metaopt.core.meta_params import as_named, named_tensors, rebound, select
+from metaopt.core.meta_params import as_named, named_tensors, rebound
+from metaopt.meta_params.tables import select
 
 # --- tables of weights
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from metaopt.base.errors import MissingPathError
 from metaopt.core.chain import Chain
 from metaopt.core.contracts import MetaObjective
-from metaopt.core.graphs import signatures
-from metaopt.core.hypergradient import WHERE
+from metaopt.core.graphs import WHERE, signatures
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.core.view import FunctionalModel
 from metaopt.diagnostics.paths.cuts import META_LOSS, Cut, Source

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.base.random_state import seeded
+from metaopt.base.streams import seeded
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import require_scalar
 from metaopt.core.graphs import entries
