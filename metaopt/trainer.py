@@ -287,11 +287,14 @@ def _check_covers(optimizer: Optimizer, meta_params: AnyMetaParameters) -> None:
 
 def _checked_carry(carry: Mapping[str, Carry], chain: Chain) -> dict[str, int]:
     """Return stage name → period of resets, 0 for never."""
-    periods = {}
+    periods: dict[str, int] = {}
     for name, value in carry.items():
         if name not in chain.stages:
             raise ConfigError(f"carry: no stage {name!r}{did_you_mean(name, chain.stages)}")
-        if value not in ("always", "never") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value in ("always", "never"):
+            periods[name] = int(value == "never")
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            periods[name] = value
+        else:
             raise ConfigError(f"carry: {value!r} of stage {name!r} must be always, never, or a whole number ≥ 1")
-        periods[name] = {"always": 0, "never": 1}.get(value, value) if isinstance(value, str) else value
     return periods

@@ -58,12 +58,8 @@ class BatchStream:
     What was looked at and not passed is kept, so that an unroll without commit sees the same batches again.
     Shuffling and augmentation draw from torch's global generator, seeded per batch and put back after.
 
-    Args:
-        batches: a sequence or re-iterable of batches; a one-shot iterator is refused.
-        seed: of the order, and of whatever is drawn while a batch is made.
-
     Raises:
-        ConfigError: `batches` is not re-iterable, or empty.
+        ConfigError: `batches` is not re-iterable, can be read only once, or is empty.
     """
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:
@@ -147,14 +143,9 @@ class BatchStream:
 
 
 class Passing(Sequence[list[Any]]):
-    """The batches of a stream's next steps, drawn when a step asks for its own: the stream moves along.
+    """The batches of a stream's next steps, drawn, and made to `fit`, when a step asks for its own.
 
-    Only the last step's are held. Asking for an earlier step goes back to where the first one began.
-
-    Args:
-        stream: to draw from.
-        num_steps, per_step: how many steps there are, and batches of each.
-        fit: batches as the stream has them → as they are handed on.
+    The stream moves along. Only the last step's are held; asking for an earlier step goes back to the first one.
     """
 
     def __init__(

@@ -121,11 +121,9 @@ class Chain:
         return TrainedChain(results, self._version)
 
     def commit(self, trained: TrainedChain, stages: Iterable[str] | None = None) -> None:
-        """Carry on from the trained models: weights, optimizer state, batch streams and random state.
+        """Carry on from the outcome of the last `unroll`: weights, optimizer state, batch streams and random state.
 
-        Args:
-            trained: the outcome of the last `unroll`.
-            stages: names; all if None. The others stay as they are.
+        Of the stages named; of all if None.
         """
         if trained.version is not self._version:
             raise StageError(

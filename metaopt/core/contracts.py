@@ -51,10 +51,7 @@ class Estimator(ABC):
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the inner loop; the result's `params` are in the graph of the meta-parameters and upstream weights.
 
-        Args:
-            loop: the steps to run, and their two halves.
-            meta_params: one module or a named mapping.
-            upstream: name → trained model of every earlier stage, in the graph.
+        `loop` has the steps and their two halves; `upstream` the trained model of every earlier stage, in the graph.
         """
 
 
@@ -103,10 +100,8 @@ class MetaObjective(ABC):
 class HandOver(ABC):
     """Writes a stage's data set with the upstream models, once per unroll and without a graph.
 
-    Give it to a stage in place of its batches. What must carry gradient is computed in the stage's loss.
-
-    Args:
-        batches: what it starts from: a sequence or re-iterable; the stage keeps its position.
+    Give it to a stage in place of its batches; it starts from some of its own (a sequence or re-iterable), whose
+    position the stage keeps. What must carry gradient is computed in the stage's loss.
     """
 
     reads: tuple[str, ...] = ()

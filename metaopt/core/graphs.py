@@ -39,12 +39,9 @@ def behind_boundary(
 ) -> tuple[Tensors, Models]:
     """Pass an inner step's parameters, and all upstream weights, through identity nodes.
 
-    Args:
-        params: of the step.
-        upstream: name → model.
-        joint: the stages that the loss is known to read. The node of `params` stands above theirs in the graph (by an
-            input that nothing comes out of), so that no walk towards `params` goes past them, nor computes gradients
-            of their weights. Not above the others: a path that is cut would look like one that is there.
+    The node of `params` stands above those of the `joint` stages, which the loss is known to read (by an input that
+    nothing comes out of), so that no walk towards `params` goes past them, nor computes gradients of their weights.
+    Not above the others: a path that is cut would look like one that is there.
     """
     models = Models()
     below: list[Tensor] = []
@@ -111,13 +108,7 @@ def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def refuse_graph(loss: Tensor, owners: Mapping[int, str], stage: str) -> None:
-    """Raise if a loss runs through modules' own weights, past the differentiable copies, or recomputes its forward.
-
-    Args:
-        loss: an inner loss whose parameters stand behind a boundary.
-        owners: `id(parameter)` → its name, for every parameter of every stage's own module.
-        stage: for the message.
-    """
+    """Raise if an inner loss reaches weights in `owners`, past the copies in training, or recomputes its forward."""
     foreign = set()
     for node in nodes([loss]):
         if type(node).__name__ == "CheckpointFunctionBackward":  # reentrant: `autograd.grad` does not see its weights

@@ -45,7 +45,6 @@ class InnerResult:
 
     model: FunctionalModel
     losses: Tensor  # [num_steps], detached
-    num_steps: int
 
 
 @dataclass
@@ -219,7 +218,7 @@ class InnerLoop:
                 self._stop(what)
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
         model = self.trained_model({**self.frozen, **params}, buffers, detached)
-        return InnerResult(model, values, self.num_steps)
+        return InnerResult(model, values)
 
     def trained_model(self, params: Tensors, buffers: Tensors, state: State) -> FunctionalModel:
         """Return the model that this loop ends with."""

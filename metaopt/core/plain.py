@@ -22,13 +22,7 @@ LOOK = "look for a root or norm at 0, a log of 0 or 0/0 in the loss"
 
 
 class PlainSteps:
-    """The two halves of an inner step, one call each.
-
-    Args:
-        loop: what to run.
-        params, state, buffers: where to start; copied.
-        meta_params, upstream: read, outside the graph.
-    """
+    """The two halves of an inner step, one call each, from copies of `params` and `state` on."""
 
     def __init__(
         self,

@@ -249,10 +249,10 @@ class Stage:
         """
         self._load_tensors({**result.model.params, **result.model.buffers})
         self.rule.write_back(result.model.optimizer_state)
-        self._steps += result.num_steps
-        self._schedule_steps += result.num_steps
+        self._steps += len(result.losses)
+        self._schedule_steps += len(result.losses)
         if self._stream is not None and not passed:
-            self._stream.advance(result.num_steps * self.accumulate)
+            self._stream.advance(len(result.losses) * self.accumulate)
         if self._schedule is not None:
             self._schedule.set(self.optimizer, self._schedule_steps)
 

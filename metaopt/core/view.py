@@ -225,13 +225,9 @@ def names_read(kwargs: Mapping[str, Any]) -> frozenset[str]:
 class FunctionalModel:
     """A model as a function of its weights: `f(inputs; params, buffers)`, called like the module it stands for.
 
-    Args:
-        structure: of the user's module.
-        params: deduplicated name → tensor, in the graph; frozen parameters included.
-        buffers: name → tensor; a call works on clones and never changes them.
-        training: the mode in which a call runs; `train()` and `eval()` give a view in the other one.
-        optimizer_state: name → the inner optimizer's state of that parameter, detached.
-        trained: how it was trained; None of a model that is in training, or was not trained here.
+    `params` has every parameter by deduplicated name, in the graph, frozen ones included; `buffers` are never changed
+    by a call; `training` is the mode of a call (`train()` and `eval()` give a view in the other one);
+    `optimizer_state` is the inner optimizer's by parameter name, detached; `trained` is None of a model in training.
     """
 
     def __init__(

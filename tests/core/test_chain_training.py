@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,7 +43,7 @@ def test_train_gives_detached_models_and_reports_every_step():
 
 
 def test_a_long_training_is_one_sweep():
-    """It is run in parts, to look ahead in the data no more than needed: no seam shows, in no state."""
+    """Its batches are drawn step by step, and it ends in every state as a sweep that drew them at once."""
     whole, parts = (full_chain(num_steps=150) for _ in range(2))
     with torch.no_grad():
         expected = whole.unroll(example_weights())
@@ -49,6 +51,41 @@ def test_a_long_training_is_one_sweep():
     assert_same(tensors_of(found), tensors_of(expected))
     whole.commit(expected)
     assert_same(chain_state(parts)["state"], chain_state(whole)["state"])
+
+
+def test_a_long_training_holds_the_batches_of_one_step():
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Fresh:
+        """Made anew at every pass, so that nothing but the training holds them."""
+
+        def __iter__(self) -> Iterator[Any]:
+            for batch in feature_batches():
+                alive.append(weakref.ref(batch["inputs"]))
+                yield batch
+
+    held = []
+    one_stage(batches=Fresh(), num_steps=300).train(
+        example_weights(), on_step=lambda *_: held.append(sum(reference() is not None for reference in alive))
+    )
+    assert len(held) == 300
+    assert max(held) <= 2 * len(feature_batches())  # `feature_batches` itself makes those of a pass at once
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_training_that_fails_leaves_its_stage_as_it_was(error):
+    def stop(name: str, t: int, loss: Tensor) -> None:
+        if (name, t) == ("student", 4):
+            raise error
+
+    chain, other = full_chain(num_steps=6), full_chain(num_steps=6)
+    with pytest.raises(error):
+        chain.train(example_weights(), on_step=stop)
+    other.train(example_weights(), num_steps={"student": 0})
+    assert_same(chain_state(chain)["state"], chain_state(other)["state"])
+    for c in (chain, other):
+        c.train(example_weights(), num_steps={"teacher": 0})
+    assert_same(chain_state(chain)["state"], chain_state(other)["state"])
 
 
 def test_no_steps_leave_a_stage_as_it_is_whatever_its_batches():

@@ -145,6 +145,38 @@ def test_modules_that_cannot_be_differentiated_twice_are_refused(name, run):
     assert "stage 'only'" in str(error.value)
 
 
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a frozen parameter": (lambda layer: layer.weight.requires_grad_(False), "was frozen after"),
+    "a backward hook": (lambda layer: layer.register_full_backward_hook(lambda *_: None), "backward hook"),
+    "a gradient hook": (lambda layer: layer.weight.register_hook(lambda gradient: gradient), "gradient hook"),
+    "compiled in place": (lambda layer: layer.compile(backend="eager"), "compiled in place"),
+    "pruned": (lambda layer: l1_unstructured(layer, "weight", amount=0.3), "prune"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_usable_is_refused_once_it_has_changed(name):
+    change, message = CHANGES[name]
+    model, weights = Linear(), example_weights()
+    chain = one_stage(model=model)
+    for _ in range(2):
+        chain.unroll(weights)
+    change(model.linear)
+    with pytest.raises(metaopt.StageError, match=message):
+        chain.unroll(weights)
+
+
+def test_other_meta_parameters_and_slots_are_looked_at_anew():
+    chain = one_stage()
+    chain.unroll(example_weights())
+    with pytest.raises(metaopt.ConfigError, match=r"is the parameter 'only\.linear\.weight'"):
+        chain.unroll(chain.stages["only"].model)
+    chain.stages["only"].estimator = metaopt.ConjugateGradient(3)
+    chain.stages["only"].transform = metaopt.ClipNorm(1.0)
+    with pytest.raises(metaopt.StageError, match="ConjugateGradient"):
+        chain.unroll(example_weights())
+
+
 def test_a_frozen_spectral_norm_is_not_refused():
     model = Network()
     nn.utils.parametrizations.spectral_norm(model.first)

@@ -161,7 +161,7 @@ class _StageReader:
         trained = {name: weight.requires_grad_() for name, weight in steps.weights().items()}
         self.watch.add_source(("stage", self.name), trained.values())
         model = loop.trained_model({**loop.frozen, **trained}, steps.buffers, steps.state())
-        result = InnerResult(model, torch.stack(losses) if losses else torch.empty(0), len(losses))
+        result = InnerResult(model, torch.stack(losses) if losses else torch.empty(0))
         return [initial, overrides, loss], result
 
     def _begin(self, reading: Reading) -> InnerLoop:
