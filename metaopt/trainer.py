@@ -115,14 +115,9 @@ class MetaTrainer:
         self.carry = _checked_carry(carry or {}, chain)
         for read in getattr(objective, "reads", ()):
             if read not in chain.stages:
-                raise ConfigError(
-                    f"{type(objective).__name__} reads stage {read!r}, which the chain does not have"
-                    f"{did_you_mean(read, chain.stages)}"
-                )
-        if named_tensors(meta_params) and meta_optimizer is None:
-            raise ConfigError("MetaTrainer: there are meta-parameters to learn, and no meta_optimizer to move them")
-        if meta_optimizer is not None:
-            _check_covers(meta_optimizer, meta_params)
+                kind, there = type(objective).__name__, did_you_mean(read, chain.stages)
+                raise ConfigError(f"{kind} reads stage {read!r}, which the chain does not have{there}")
+        _check_covers(meta_optimizer, meta_params)
         if selection is not None and selection.stage not in chain.stages:
             raise ConfigError(f"selection: no stage {selection.stage!r}{did_you_mean(selection.stage, chain.stages)}")
         self.step = 0
@@ -162,11 +157,10 @@ class MetaTrainer:
                     observe(record)
                 advance(f"meta-loss {meta_loss:.4f}")
         best = self._best
+        self.last_meta_params = None
         if best["meta_params"] is not None:
             self.last_meta_params = self._meta_state() if self.learns else None
             self._load_meta_params(best["meta_params"])
-        else:
-            self.last_meta_params = None
         return MetaResult(self.step, meta_loss, best["score"], best["step"], time.perf_counter() - start, stopped)
 
     def meta_step(self) -> tuple[TrainedChain, dict[str, Any]]:
@@ -275,9 +269,12 @@ class MetaTrainer:
         self.step, self.seed, self._best = state["step"], state["seed"], copy.deepcopy(state["best"])
 
 
-def _check_covers(optimizer: Optimizer, meta_params: AnyMetaParameters) -> None:
-    moved = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    still = [name for name, tensor in named_tensors(meta_params).items() if id(tensor) not in moved]
+def _check_covers(optimizer: Optimizer | None, meta_params: AnyMetaParameters) -> None:
+    learned = named_tensors(meta_params)
+    if learned and optimizer is None:
+        raise ConfigError("MetaTrainer: there are meta-parameters to learn, and no meta_optimizer to move them")
+    moved = {id(param) for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]}
+    still = [name for name, tensor in learned.items() if id(tensor) not in moved]
     if still:
         raise ConfigError(
             f"the meta-optimizer does not hold the meta-parameter {', '.join(map(repr, still))}, which would never "

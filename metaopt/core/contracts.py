@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -163,19 +163,21 @@ class telling:  # noqa: N801  # reads as a statement: `with telling(...)`
         hint = ""  # of an error that torch words for its own developers
         if "device-side assert" in str(error):
             hint = "; most often a label or token is beyond the model's classes or vocabulary: the CPU says which"
-        frames = [(frame, line) for frame, line in traceback.walk_tb(trace) if not is_library(frame)]
-        lines = [traceback.FrameSummary(f.f_code.co_filename, line, f.f_code.co_name) for f, line in frames]
-        shown = [f"  {_relative(f.filename)}:{f.lineno}, in {f.name}: {f.line}" for f in lines]
-        tell(error, "\n".join([f"raised in {self._where()}{hint}", *shown]))
+        tell(error, "\n".join([f"raised in {self._where()}{hint}", *_own_lines(trace)]))
+
+
+def _own_lines(trace: TracebackType | None) -> Iterator[str]:
+    """Yield the lines of a traceback that are no library's, outermost first."""
+    for frame, number in traceback.walk_tb(trace):
+        if not is_library(frame):
+            line = traceback.FrameSummary(frame.f_code.co_filename, number, frame.f_code.co_name)
+            near = os.path.relpath(line.filename)
+            yield f"  {line.filename if near.startswith('..') else near}:{number}, in {line.name}: {line.line}"
 
 
 def is_library(frame: FrameType) -> bool:
+    """Return whether a call is of a library, or of this one."""
     return (frame.f_globals.get("__name__") or "").partition(".")[0] in LIBRARIES
-
-
-def _relative(file: str) -> str:
-    relative = os.path.relpath(file)
-    return file if relative.startswith("..") else relative
 
 
 def described(batch: Any) -> str:

@@ -36,81 +36,57 @@ def refuse_unusable(module: nn.Module, where: str) -> None:
             )
 
 
-_SHARDED = (
-    "is spread over processes (FSDP or DTensor), and the swap of weights does not see its parts; give the stage the "
-    "plain module"
-)
+_SHARDED = "is spread over processes (FSDP or DTensor), which the swap of weights does not see; give the plain module"
+_HOOK = "remove it (handle.remove()), and change gradients by Stage(..., transform=...)"
 
 
 def _problem_of_module(m: Any) -> str | None:
     kinds = {kind.__name__ for kind in type(m).__mro__}
     hooks = {kind.__name__ for hook in m._forward_pre_hooks.values() for kind in type(hook).__mro__}
-    spectral = isinstance(m, ParametrizationList) and any(type(part).__name__ == "_SpectralNorm" for part in m)
-    table = isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.weight.requires_grad
-    forward = m.__dict__.get("forward")
-    problems = (
-        (
-            isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)),
-            "is a wrapper (DataParallel), which runs copies of the weights that the unroll does not train; give the "
-            "stage the module inside: `.module`",
-        ),
-        (kinds & {"FullyShardedDataParallel", "FSDPModule"}, _SHARDED),
-        (
-            hasattr(m, "_orig_mod"),
-            "was compiled by torch.compile, and compiled code has no second derivative; give the stage the module "
-            "inside: `._orig_mod`",
-        ),
-        (
-            getattr(m, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable"),
-            "was compiled in place, and compiled code has no second derivative; give the stage an uncompiled module",
-        ),
-        (
-            isinstance(m, torch.jit.ScriptModule),
-            "was compiled by torch.jit, and neither its weights nor its optimizer can be copied for a check; give the "
-            "stage the Python module that it was made from",
-        ),
-        (
-            getattr(m, "gradient_checkpointing", False) is True,
+    if isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "is a wrapper that runs copies of the weights in training; give the stage the module inside: `.module`"
+    if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+        return _SHARDED
+    if hasattr(m, "_orig_mod"):
+        return "was compiled by torch.compile: no second derivative; give the stage the module inside: `._orig_mod`"
+    if getattr(m, "_compiled_call_impl", None) is not None or hasattr(
+        m.__dict__.get("forward"), "_torchdynamo_orig_callable"
+    ):
+        return "was compiled in place: no second derivative; give the stage an uncompiled module"
+    if isinstance(m, torch.jit.ScriptModule):
+        return "was compiled by torch.jit, which no check can copy; give the Python module that it was made from"
+    if getattr(m, "gradient_checkpointing", False) is True:
+        return (
             "uses gradient checkpointing, which recomputes after the trained weights are swapped back; call "
-            "`model.activation_checkpointing_disable()` (`gradient_checkpointing_disable()` in older transformers)",
-        ),
-        (
-            hooks & {"WeightNorm", "SpectralNorm"},
+            "`model.activation_checkpointing_disable()` (`gradient_checkpointing_disable()` in older transformers)"
+        )
+    if hooks & {"WeightNorm", "SpectralNorm"}:
+        return (
             "keeps a computed weight as an attribute (the old weight_norm or spectral_norm), which outlives the swap "
-            "of weights; use torch.nn.utils.parametrizations.weight_norm",
-        ),
-        (
-            "BasePruningMethod" in hooks,
-            "keeps a computed weight as an attribute (torch.nn.utils.prune), which outlives the swap of weights; make "
-            "it permanent: torch.nn.utils.prune.remove(module, name)",
-        ),
-        (
-            spectral and any(p.requires_grad for p in m.parameters()),
+            "of weights; use torch.nn.utils.parametrizations.weight_norm"
+        )
+    if "BasePruningMethod" in hooks:
+        return (
+            "keeps a computed weight as an attribute (pruning), which outlives the swap of weights; make it permanent: "
+            "torch.nn.utils.prune.remove(module, name)"
+        )
+    spectral = isinstance(m, ParametrizationList) and any(type(part).__name__ == "_SpectralNorm" for part in m)
+    if spectral and any(p.requires_grad for p in m.parameters()):
+        return (
             "is a spectral norm, whose power iteration has no graph, so that its part of the second derivative is "
-            "lost; register a parametrization that returns `weight / torch.linalg.matrix_norm(weight, 2)`, or freeze "
-            "the weight",
-        ),
-        (
-            table and m.sparse,
-            "makes sparse gradients, which cannot be differentiated; build it with sparse=False",
-        ),
-        (
-            table and m.scale_grad_by_freq,
-            "scales its gradient by the counts of a batch, and torch's second derivative leaves that out; build it "
-            "with scale_grad_by_freq=False, and weight the tokens in the loss",
-        ),
-        (
-            table and m.max_norm,
-            "rescales its rows in place and without a graph (max_norm); build it with max_norm=None, and normalise in "
-            "the forward",
-        ),
-        (
-            m._backward_hooks or m._backward_pre_hooks,
-            "has a backward hook, which would run again when the gradient is differentiated; remove it "
-            "(handle.remove()), and change gradients by Stage(..., transform=...)",
-        ),
-    )
-    return next((text for applies, text in problems if applies), None)
+            "lost; register a parametrization that returns `weight / torch.linalg.matrix_norm(weight, 2)`, or "
+            "freeze the weight"
+        )
+    if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.weight.requires_grad:
+        if m.sparse:
+            return "makes sparse gradients, which cannot be differentiated; build it with sparse=False"
+        if m.scale_grad_by_freq:
+            return "divides by the counts of a batch, outside the second derivative; set scale_grad_by_freq=False"
+        if m.max_norm:
+            return "rescales its rows in place and without a graph; set max_norm=None, and normalise in the forward"
+    if m._backward_hooks or m._backward_pre_hooks:
+        return f"has a backward hook, which would run again when the gradient is differentiated; {_HOOK}"
+    return None
 
 
 def _problem_of_parameter(param: Tensor) -> str | None:
@@ -119,10 +95,7 @@ def _problem_of_parameter(param: Tensor) -> str | None:
     if param.is_complex() and param.requires_grad:
         return "is complex; train its real and imaginary part as two parameters, joined by torch.complex in the forward"
     if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
-        return (
-            "has a gradient hook, which copies of it do not have; remove it (handle.remove()), and change gradients by "
-            "Stage(..., transform=...)"
-        )
+        return f"has a gradient hook, which copies of it do not have; {_HOOK}"
     return None
 
 
