@@ -45,8 +45,6 @@ from .estimators import Truncated as Truncated
 from .estimators import Unrolled as Unrolled
 from .examples.dates import dates as dates
 from .examples.digits import digits as digits
-from .losses.augmentation import AugmentedLoss as AugmentedLoss
-from .losses.augmentation import GaussianNoise as GaussianNoise
 from .losses.distillation import Distillation as Distillation
 from .losses.distillation import FromUpstream as FromUpstream
 from .losses.distillation import HardLabels as HardLabels
@@ -65,11 +63,13 @@ from .losses.objectives import expected_error as expected_error
 from .losses.soft_inputs import Annealed as Annealed
 from .losses.soft_inputs import ExpectedEmbeddings as ExpectedEmbeddings
 from .losses.soft_inputs import GumbelSamples as GumbelSamples
-from .losses.soft_targets import SoftTargetLoss as SoftTargetLoss
-from .losses.soft_targets import SoftTargets as SoftTargets
 from .losses.supervised import CrossEntropy as CrossEntropy
 from .losses.supervised import LabelSmoothing as LabelSmoothing
+from .losses.supervised import SoftTargetLoss as SoftTargetLoss
+from .losses.supervised import SoftTargets as SoftTargets
 from .losses.supervised import WeightedLoss as WeightedLoss
+from .losses.terms import AugmentedLoss as AugmentedLoss
+from .losses.terms import GaussianNoise as GaussianNoise
 from .losses.terms import SumOfLosses as SumOfLosses
 from .losses.terms import TermWeights as TermWeights
 from .meta_params.learned import FromMeta as FromMeta

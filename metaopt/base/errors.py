@@ -39,6 +39,11 @@ def did_you_mean(name: str, known: Iterable[str], others: bool = True) -> str:
     return f" (did you mean {close[0]!r}?)" if close else rest
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error of another package says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def tell(error: Exception, text: str) -> None:
     """Add a note to an exception; to its message, before Python 3.11."""
     error.__dict__["told"] = text

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.base.ranges import check_counts
 
 STREAMS = ("train", "unlabelled", "validation", "selection", "test")
 
@@ -65,18 +66,27 @@ class DataBundle:
 
     def __post_init__(self) -> None:
         for name in STREAMS:
-            self._check_stream(name)
-        for name, size in self.sizes.items():
+            stream = getattr(self, name)
+            can_be_read_again = isinstance(stream, Iterable) and not isinstance(stream, Iterator)
+            if not can_be_read_again and not (stream is None and name == "unlabelled"):
+                raise ConfigError(
+                    f"DataBundle: {name!r} is a {type(stream).__name__}, which cannot be read again and again; give a "
+                    "list of batches or a DataLoader"
+                )
+        for name in self.sizes:
             if name not in STREAMS:
                 raise ConfigError(f"DataBundle: sizes names no stream {name!r}{did_you_mean(name, STREAMS)}")
-            if not isinstance(size, int) or size < 1:
-                raise ConfigError(f"DataBundle: sizes[{name!r}]={size!r} must be a number of examples, at least 1")
-        num_sources = self.facts.get("num_sources")
-        num_examples = self.facts.get("num_examples", self.sizes.get("train"))
-        _check_mask("good_sources", self.good_sources, num_sources, "sources (facts['num_sources'])")
-        _check_mask("is_clean", self.is_clean, num_examples, "training examples")
-        if self.source_names and num_sources is not None and len(self.source_names) != num_sources:
-            raise ConfigError(f"DataBundle: {len(self.source_names)} source_names for {num_sources} sources")
+        check_counts("DataBundle", **{f"sizes[{name!r}]": size for name, size in self.sizes.items()})
+        sources, examples = self.facts.get("num_sources"), self.facts.get("num_examples", self.sizes.get("train"))
+        for name, mask in (("good_sources", self.good_sources), ("is_clean", self.is_clean)):
+            if mask is not None and (getattr(mask, "dtype", None) != torch.bool or mask.dim() != 1):
+                kind = getattr(mask, "dtype", type(mask).__name__)
+                raise ConfigError(f"DataBundle: {name} must be a bool tensor with one axis, got {kind}")
+        counts = {"good_sources": sources, "source_names": sources if self.source_names else None, "is_clean": examples}
+        for name, count in counts.items():
+            given = getattr(self, name)
+            if given is not None and count is not None and len(given) != count:
+                raise ConfigError(f"DataBundle: {name} has {len(given)} entries for {count}")
         if self.selection_metric is not None and self.score is None:
             raise ConfigError(
                 f"DataBundle: selection_metric={self.selection_metric!r} is read from score(...), which is missing; "
@@ -95,23 +105,3 @@ class DataBundle:
         if getattr(self, name) is None:
             raise ConfigError(f"this data set has no {name!r} stream (it has: {', '.join(self.stream_names)})")
         return getattr(self, name)
-
-    def _check_stream(self, name: str) -> None:
-        stream = getattr(self, name)
-        if stream is None and name == "unlabelled":
-            return
-        if isinstance(stream, Iterator) or not isinstance(stream, Iterable):
-            raise ConfigError(
-                f"DataBundle: {name!r} is a {type(stream).__name__}, which cannot be read again and again; give a list "
-                "of batches or a DataLoader"
-            )
-
-
-def _check_mask(name: str, mask: Tensor | None, size: int | None, of: str) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
-        what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ConfigError(f"DataBundle: {name} must be a bool tensor with one axis, got {what}")
-    if size is not None and len(mask) != size:
-        raise ConfigError(f"DataBundle: {name} has {len(mask)} entries for {size} {of}")

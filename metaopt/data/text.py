@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts
 from metaopt.data.bundle import STREAMS, DataBundle
-from metaopt.data.padding import loader
-from metaopt.data.text_files import LABELLED, Columns, Reader, Where, refuse_overlap, refuse_same_files
-from metaopt.data.text_tasks import Parts, ReadText, causal, classification, in_order, sequence_to_sequence
+from metaopt.data.rows import streams
+from metaopt.data.text_files import LABELLED, Where, read_texts, refuse_overlap, refuse_same_files
+from metaopt.data.text_tasks import Causal, Classification, SequenceToSequence, Texts, in_order
 from metaopt.data.text_tokens import (
     CHARACTERS,
     NO_LIMIT,
     Lengths,
     character_tokenizer,
     decoder_start,
-    end_token,
     load_tokenizer,
 )
+from metaopt.losses.decoding import scored, shown
 
 log = logging.getLogger(__name__)
 
-TASKS = ("seq2seq", "causal", "classification")
 Task = Literal["seq2seq", "causal", "classification"]
 
 
@@ -64,7 +67,6 @@ def text(
     - `classification`: `labels` [B]; the classes are the different values of `target` in `train`, in order.
 
     Args:
-        task: what the models do.
         train, validation, selection, test: a file each, or several; with `name`, splits such as `validation[:50%]`.
         unlabelled: inputs that later stages learn from; a target column is not read.
         name, subset: of a data set on the Hugging Face hub; None for files.
@@ -83,113 +85,84 @@ def text(
     Raises:
         ConfigError: an unknown task, a missing file, column or value, an empty stream, two streams that overlap.
     """
-    if task not in TASKS:
-        raise ConfigError(f"text: no task {task!r}{did_you_mean(task, TASKS)}")
+    if task not in get_args(Task):
+        raise ConfigError(f"text: no task {task!r}{did_you_mean(task, get_args(Task))}")
     check_counts("text", batch_size=batch_size, validation_batch_size=validation_batch_size)
     limits = {"max_length": max_length, "max_target_length": max_target_length}
     check_counts("text", **{option: limit for option, limit in limits.items() if limit is not None})
     if target is None and task != "causal":
         raise ConfigError(f"text: task={task!r} needs a target column; only causal models learn from inputs alone")
-    places = _places(train, validation, selection, test, unlabelled)
+    if subset is not None and name is None:
+        raise ConfigError(f"text: subset={subset!r} is one of a hub data set; give its name, too")
+    places = _places(train, unlabelled, validation, selection, test)
     refuse_same_files(places, are_files=name is None)
-    columns = _read(Reader(name, subset, cache_dir), places, input, target, source)
+
+    texts = {
+        stream: read_texts(
+            f"{stream} = {where}" + (f" of {name!r}" if name else ""),
+            where,
+            _columns(stream, input, target, source),
+            {"path": name, "name": subset, "cache_dir": cache_dir},
+        )
+        for stream, where in places.items()
+    }
     if not allow_overlap:
-        refuse_overlap({stream: columns[stream]["input"] for stream in LABELLED})
-    read = ReadText(columns, _tokenizer(tokenizer, columns, separator if task == "causal" and target else ""))
-    limit = _limit(read.tokenizer) if max_length is None else max_length
-    lengths = {"max_length": Lengths(limit, "max_length")}
-    lengths["max_target_length"] = Lengths(max_target_length, "max_target_length")
+        refuse_overlap({stream: texts[stream]["input"] for stream in LABELLED})
+    coder = load_tokenizer(tokenizer) if tokenizer != CHARACTERS else _characters(texts, separator * (task == "causal"))
+    if max_length is None and coder.model_max_length < NO_LIMIT:
+        limits["max_length"] = coder.model_max_length
+    inputs, targets = (Lengths(coder, option, limit) for option, limit in limits.items())
     if task == "seq2seq":
-        parts = sequence_to_sequence(read, lengths, decoder_start(read.tokenizer, tokenizer, decoder_start_token_id))
+        start = decoder_start(coder, tokenizer, decoder_start_token_id)
+        made = SequenceToSequence(texts, inputs, targets, start)
     elif task == "causal":
-        parts = causal(read, lengths, separator)
+        made = Causal(texts, inputs, targets, separator)
     else:
-        parts = classification(read, lengths)
-    if selection_metric not in (None, *parts.metrics):
-        raise ConfigError(f"text: no metric {selection_metric!r}{did_you_mean(selection_metric, parts.metrics)}")
-    cut = [length.message for length in lengths.values() if length.message]
+        made = Classification(texts, inputs, targets)
+    cut = [f"cut to {x.option}={x.limit} tokens: {', '.join(x.cut)}" for x in (inputs, targets) if x.cut]
     if cut:
         log.warning("text: %s; raise the limit (data.max_length=...) to keep them whole", "; ".join(cut))
-    return _bundle(read, parts, (batch_size, validation_batch_size), selection_metric)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------
+    sources = in_order(texts["train"].get("source", ()))
+    if sources:
+        number = {name: i for i, name in enumerate(sources)}
+        made.columns["train"]["source"] = [number[name] for name in texts["train"]["source"]]
+        made.facts["num_sources"] = len(sources)
+    if selection_metric not in (None, *made.metrics):
+        raise ConfigError(f"text: no metric {selection_metric!r}{did_you_mean(selection_metric, made.metrics)}")
+    facts = {**made.facts, "num_examples": len(texts["train"]["input"])}
+    return DataBundle(
+        **streams(made.columns, batch_size, validation_batch_size, validation_batch_size, made.collate),
+        sizes={stream: len(found["input"]) for stream, found in texts.items()},
+        facts={name: fact for name, fact in facts.items() if fact is not None},
+        tokenizer=coder,
+        source_names=tuple(sources),
+        score=functools.partial(scored, made.measure),
+        selection_metric=selection_metric or made.metrics[0],
+        answers=functools.partial(shown, made.read) if made.has_answers else None,
+    )
 
 
 def _places(*wheres: Where | None) -> dict[str, Where]:
-    order = ("train", "validation", "selection", "test", "unlabelled")
-    places = {stream: where for stream, where in zip(order, wheres, strict=True) if where}
+    places = {stream: where for stream, where in zip(STREAMS, wheres, strict=True) if where}
     for stream in LABELLED:
         if stream not in places:
             raise ConfigError(
-                f"text: there is no {stream} stream: give {stream}=... (a file, or a split of the hub data set). train "
-                "trains the models, validation trains A, selection chooses, test is read once; none can stand in for "
-                "another"
+                f"text: there is no {stream} stream: give {stream}=... (a file, or a split of the hub data set); no "
+                "other can stand in for it"
             )
-    return {stream: places[stream] for stream in STREAMS if stream in places}
+    return places
 
 
-def _read(
-    reader: Reader, places: Mapping[str, Where], input: str, target: str | None, source: str | None
-) -> dict[str, Columns]:
-    found = {}
-    for stream, where in places.items():
-        wanted = {"input": input}
-        if target is not None and stream != "unlabelled":
-            wanted["target"] = target
-        if source is not None and stream == "train":
-            wanted["source"] = source
-        found[stream] = reader.read(stream, where, wanted)
-    return found
+def _columns(stream: str, input: str, target: str | None, source: str | None) -> dict[str, str]:
+    columns = {"input": input}
+    if target is not None and stream != "unlabelled":
+        columns["target"] = target
+    if source is not None and stream == "train":
+        columns["source"] = source
+    return columns
 
 
-def _tokenizer(name: str, columns: Mapping[str, Columns], separator: str) -> Any:
-    if name != CHARACTERS:
-        return load_tokenizer(name)
-    roles = [(stream, role) for stream in ("train", "unlabelled") if stream in columns for role in ("input", "target")]
-    texts = [str(value) for stream, role in roles for value in columns[stream].get(role, ())]
-    return character_tokenizer([*texts, separator])
-
-
-def _limit(tokenizer: Any) -> int | None:
-    return tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else None
-
-
-# --- the bundle -------------------------------------------------------------------------------------------------
-
-
-def _bundle(read: ReadText, parts: Parts, batch_sizes: tuple[int, int], selection_metric: str | None) -> DataBundle:
-    sizes = {stream: len(columns["inputs"]) for stream, columns in parts.columns.items()}
-    sources = read.texts("train", "source") if "source" in read.columns["train"] else []
-    source_names = in_order(sources)
-    for stream in ("train", "unlabelled"):
-        if stream in parts.columns:
-            parts.columns[stream]["index"] = range(sizes[stream])
-    if sources:
-        number = {name: i for i, name in enumerate(source_names)}
-        parts.columns["train"]["source"] = [number[name] for name in sources]
-    size, validation_size = batch_sizes
-    batched = {
-        "train": (size, True),
-        "unlabelled": (size, True),
-        "validation": (validation_size, True),
-        "selection": (validation_size, False),
-        "test": (validation_size, False),
-    }
-    streams: dict[str, Any] = {
-        stream: loader(columns, parts.collator, *batched[stream]) for stream, columns in parts.columns.items()
-    }
-    tokens = {"vocab_size": len(read.tokenizer), "pad_token_id": read.tokenizer.pad_token_id}
-    facts = {**tokens, "eos_token_id": end_token(read.tokenizer), **parts.facts, "num_examples": sizes["train"]}
-    if sources:
-        facts["num_sources"] = len(source_names)
-    return DataBundle(
-        **streams,
-        sizes=sizes,
-        facts={name: fact for name, fact in facts.items() if fact is not None},
-        tokenizer=read.tokenizer,
-        source_names=tuple(source_names),
-        score=parts.score,
-        selection_metric=selection_metric or parts.metrics[0],
-        answers=parts.answers,
-    )
+def _characters(texts: Texts, separator: str) -> PreTrainedTokenizerBase:
+    read = texts["train"], texts.get("unlabelled", {})
+    seen = [columns.get(role, ()) for columns in read for role in ("input", "target")]
+    return character_tokenizer(itertools.chain(*seen, separator if "target" in texts["train"] else ""))

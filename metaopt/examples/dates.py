@@ -6,8 +6,7 @@ import datetime
 import functools
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts, check_fraction
 from metaopt.data.bundle import DataBundle
-from metaopt.data.rows import in_order, shuffled
-from metaopt.examples.date_text import FORMATS, TARGET_LENGTH, Language, Written, is_telling, iso
-from metaopt.losses.decoding import evaluating, greedy_decode, sequence_score, to_model
+from metaopt.data.rows import streams
+from metaopt.examples.date_text import FORMATS, TARGET_LENGTH, Language, is_telling, iso
+from metaopt.losses.decoding import sequence_answers, sequence_score, shown
 
 CORRUPTIONS = ("sources", "random", "none")
 LOCALES = ("en_US", "en_GB", "de", "fr", "es", "it", "nl", "sv")
@@ -75,69 +74,83 @@ def dates(
     sizes = dict(zip(SHARES, counts, strict=True))
     check_counts("dates", **{f"num_{name}": size for name, size in sizes.items()})
     check_counts("dates", batch_size=batch_size, validation_batch_size=validation_batch_size, num_sources=num_sources)
-    corrupt = _corruption(corruption, noise, num_sources, num_bad_sources)
+    num_bad, share = _amounts(corruption, noise, num_sources, num_bad_sources)
     language = Language(locales, formats, first_year, last_year)
     rng = random.Random(seed)
     pools = _split(language.calendar, rng, telling=corruption == "sources")
     written = {name: language.draw(pools[name], size, rng) for name, size in sizes.items()}
-    return _bundle(language, written, corrupt(written["train"], rng), num_sources, batch_size, validation_batch_size)
+    answers = {name: [iso(example.date) for example in written[name]] for name in SHARES if name != "unlabelled"}
+    right, source = answers["train"], torch.arange(num_train) % num_sources
+    good_sources = None
+    if corruption == "sources":
+        good_sources = torch.ones(num_sources, dtype=torch.bool)
+        good_sources[rng.sample(range(num_sources), num_bad)] = False
+        swap = (~good_sources)[source].tolist()
+        answers["train"] = [iso(example.date, swap[i]) for i, example in enumerate(written["train"])]
+    else:
+        answers["train"] = _wrong_answers(right, share, rng)
+
+    tokenizer = language.tokenizer()
+    columns: dict[str, Any] = {}
+    for name, examples in written.items():
+        texts = [example.model_input for example in examples]
+        encoded = tokenizer(texts, padding="max_length", max_length=language.max_length, return_tensors="pt")
+        columns[name] = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        columns[name] |= _targets(tokenizer, answers[name]) if name in answers else {}
+    columns["train"]["source"] = source
+    as_written = {
+        tuple(ids): str(example)
+        for name, examples in written.items()
+        for ids, example in zip(columns[name]["input_ids"].tolist(), examples, strict=True)
+    }
+    tokens = {name: int(getattr(tokenizer, f"{name}_token_id")) for name in ("pad", "bos", "eos")}
+    decoding = {**tokens, "max_length": TARGET_LENGTH}
+    facts = {f"{name}_token_id": token for name, token in tokens.items()}
+    facts |= {"vocab_size": len(tokenizer), "max_length": language.max_length, "max_target_length": TARGET_LENGTH}
+    read = (
+        lambda rows: [as_written[tuple(row)] for row in rows.tolist()],
+        lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
+    )
+    return DataBundle(
+        **streams(columns, batch_size, validation_batch_size, SCORING_BATCH_SIZE),
+        sizes=sizes,
+        facts={**facts, "num_examples": num_train, "num_sources": num_sources},
+        tokenizer=tokenizer,
+        source_names=tuple(f"source {i + 1}" for i in range(num_sources)),
+        good_sources=good_sources,
+        is_clean=torch.tensor([given == date for given, date in zip(answers["train"], right, strict=True)]),
+        score=functools.partial(sequence_score, **decoding),
+        selection_metric="exact_match",
+        answers=functools.partial(shown, functools.partial(sequence_answers, *read, decoding)),
+    )
 
 
-# --- what is wrong with the training targets --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """The training targets: each one's text, source and whether it is right; and which sources are."""
-
-    texts: list[str]
-    source: Tensor
-    is_clean: Tensor
-    good_sources: Tensor | None = None
-
-
-def _corruption(corruption: str, noise: float | None, num_sources: int, num_bad_sources: int | None) -> Any:
-    """Return the function (examples, rng) → answers that these options describe."""
+def _amounts(corruption: str, noise: float | None, num_sources: int, num_bad: int | None) -> tuple[int, float]:
+    """Return the number of bad sources, and the fraction of wrong answers."""
     if corruption not in CORRUPTIONS:
         raise ConfigError(f"dates: no corruption {corruption!r}{did_you_mean(corruption, CORRUPTIONS)}")
-    for name, value, belongs_to in (("noise", noise, "random"), ("num_bad_sources", num_bad_sources, "sources")):
+    for name, value, belongs_to in (("noise", noise, "random"), ("num_bad_sources", num_bad, "sources")):
         if value is not None and corruption != belongs_to:
             raise ConfigError(f"dates: {name}={value!r} is for corruption={belongs_to!r}; here it is {corruption!r}")
     if corruption == "sources":
-        num_bad = 5 if num_bad_sources is None else num_bad_sources
+        num_bad = 5 if num_bad is None else num_bad
         if isinstance(num_bad, bool) or not isinstance(num_bad, int) or not 0 <= num_bad <= num_sources:
             raise ConfigError(f"dates: num_bad_sources={num_bad!r} must lie between 0 and num_sources={num_sources}")
-        return functools.partial(_bad_sources, num_sources, num_bad)
+        return num_bad, 0.0
     noise = {"none": 0.0, "random": 0.4 if noise is None else noise}[corruption]
     check_fraction("dates", noise=noise)
-    return functools.partial(_wrong_answers, num_sources, noise)
+    return 0, noise
 
 
-def _bad_sources(num_sources: int, num_bad: int, examples: Sequence[Written], rng: random.Random) -> _Answers:
-    good = torch.ones(num_sources, dtype=torch.bool)
-    good[rng.sample(range(num_sources), num_bad)] = False
-    source = torch.arange(len(examples)) % num_sources
-    swapped = (~good)[source].tolist()
-    texts = [iso(example.date, swap=swap) for example, swap in zip(examples, swapped, strict=True)]
-    return _Answers(texts, source, _are_right(texts, examples), good)
-
-
-def _wrong_answers(num_sources: int, noise: float, examples: Sequence[Written], rng: random.Random) -> _Answers:
-    texts = [iso(example.date) for example in examples]
-    days = sorted(set(texts))
+def _wrong_answers(right: Sequence[str], noise: float, rng: random.Random) -> list[str]:
+    """Return the answers, a fraction `noise` of them another one's date."""
+    texts, days = list(right), sorted(set(right))
     if noise and len(days) < 2:
         raise ConfigError("dates: there is only one training date, so there is no wrong one to answer; raise num_train")
     position = {day: i for i, day in enumerate(days)}
     for i in rng.sample(range(len(texts)), round(noise * len(texts))):
         texts[i] = days[(position[texts[i]] + rng.randrange(1, len(days))) % len(days)]
-    return _Answers(texts, torch.arange(len(texts)) % num_sources, _are_right(texts, examples))
-
-
-def _are_right(texts: Sequence[str], examples: Sequence[Written]) -> Tensor:
-    return torch.tensor([text == iso(example.date) for text, example in zip(texts, examples, strict=True)])
-
-
-# --- streams ----------------------------------------------------------------------------------------------------
+    return texts
 
 
 def _split(days: Sequence[datetime.date], rng: random.Random, telling: bool) -> dict[str, list[datetime.date]]:
@@ -150,87 +163,8 @@ def _split(days: Sequence[datetime.date], rng: random.Random, telling: bool) -> 
     return pools
 
 
-def _bundle(
-    language: Language,
-    written: Mapping[str, Sequence[Written]],
-    answers: _Answers,
-    num_sources: int,
-    batch_size: int,
-    validation_batch_size: int,
-) -> DataBundle:
-    tokenizer = language.tokenizer()
-    columns = _columns(tokenizer, language.max_length, written, answers)
-    tokens = {name: int(getattr(tokenizer, f"{name}_token_id")) for name in ("pad", "bos", "eos")}
-    decoding: dict[str, int] = {**tokens, "max_length": TARGET_LENGTH}
-    facts = {f"{name}_token_id": token for name, token in tokens.items()}
-    facts |= {"vocab_size": len(tokenizer), "max_length": language.max_length, "max_target_length": TARGET_LENGTH}
-    facts |= {"num_examples": len(written["train"]), "num_sources": num_sources}
-    as_written = {
-        tuple(ids): str(example)
-        for name, examples in written.items()
-        for ids, example in zip(columns[name]["input_ids"].tolist(), examples, strict=True)
-    }
-    return DataBundle(
-        train=shuffled(columns["train"], batch_size),
-        unlabelled=shuffled(columns["unlabelled"], batch_size),
-        validation=shuffled(columns["validation"], validation_batch_size),
-        selection=in_order(columns["selection"], SCORING_BATCH_SIZE),
-        test=in_order(columns["test"], SCORING_BATCH_SIZE),
-        sizes={name: len(examples) for name, examples in written.items()},
-        facts=facts,
-        tokenizer=tokenizer,
-        source_names=tuple(f"source {i + 1}" for i in range(num_sources)),
-        good_sources=answers.good_sources,
-        is_clean=answers.is_clean,
-        score=functools.partial(sequence_score, **decoding),
-        selection_metric="exact_match",
-        answers=functools.partial(_answer, tokenizer, decoding, as_written),
-    )
-
-
-def _columns(
-    tokenizer: PreTrainedTokenizerFast, max_length: int, written: Mapping[str, Sequence[Written]], answers: _Answers
-) -> dict[str, dict[str, Tensor]]:
-    """Return what the batches of each stream are cut from: name → tensor, one row per example."""
-    columns: dict[str, dict[str, Tensor]] = {}
-    for name, examples in written.items():
-        texts = [example.model_input for example in examples]
-        encoded = tokenizer(texts, padding="max_length", max_length=max_length, return_tensors="pt")
-        columns[name] = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        if name in ("train", "unlabelled"):
-            columns[name]["index"] = torch.arange(len(examples))
-        if name != "unlabelled":
-            right = [iso(example.date) for example in examples]
-            columns[name] |= _targets(tokenizer, answers.texts if name == "train" else right)
-    columns["train"]["source"] = answers.source
-    return columns
-
-
 def _targets(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, Tensor]:
     """Return `labels` [N, 5], with the end token, and `decoder_input_ids` [N, 5], with the begin token."""
     answers = tokenizer(list(texts))["input_ids"]
     whole = torch.tensor([[tokenizer.bos_token_id, *answer, tokenizer.eos_token_id] for answer in answers])
     return {"labels": whole[:, 1:].contiguous(), "decoder_input_ids": whole[:, :-1].contiguous()}
-
-
-def _answer(
-    tokenizer: PreTrainedTokenizerFast,
-    decoding: Mapping[str, int],
-    as_written: Mapping[tuple[int, ...], str],
-    model: Any,
-    batches: Iterable[Mapping[str, Tensor]],
-    count: int,
-) -> list[tuple[str, str, str]]:
-    """Return (input as written, right answer, the model's answer) of the first `count` examples."""
-    rows: list[tuple[str, str, str]] = []
-    with evaluating(model) as module:
-        for batch in batches:
-            batch = to_model({key: value[: count - len(rows)] for key, value in batch.items()}, module)
-            ids, labels = batch["input_ids"], batch["labels"]
-            guesses = greedy_decode(module, ids, batch["attention_mask"], **decoding)
-            written = [as_written[tuple(row)] for row in ids.tolist()]
-            read = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (labels, guesses)]
-            rows += zip(written, *read, strict=True)
-            if len(rows) >= count:
-                break
-    return rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts, check_fraction
 from metaopt.data.bundle import DataBundle
-from metaopt.data.rows import in_order, shuffled
+from metaopt.data.rows import streams
 from metaopt.losses.decoding import accuracy_score
 
 NUM_LABELS = 10
@@ -39,8 +39,7 @@ def digits(
     Args:
         noise: fraction of the training images with a wrong label, from 0 to 1.
         num_train, num_unlabelled, num_validation, num_selection, num_test: images of each stream, 1797 at most in all.
-        batch_size: of the streams that models are trained on.
-        validation_batch_size: of the stream that trains the meta-parameters.
+        batch_size, validation_batch_size: of what models are trained on, and of what trains the meta-parameters.
         seed: of the split and of the wrong labels.
 
     Raises:
@@ -59,14 +58,8 @@ def digits(
     columns = _split(sizes, generator)
     columns["train"]["labels"], is_clean = _corrupted(columns["train"]["labels"], noise, generator)
     del columns["unlabelled"]["labels"]
-    for name in ("train", "unlabelled"):
-        columns[name]["index"] = torch.arange(sizes[name])
     return DataBundle(
-        train=shuffled(columns["train"], batch_size),
-        unlabelled=shuffled(columns["unlabelled"], batch_size),
-        validation=shuffled(columns["validation"], validation_batch_size),
-        selection=in_order(columns["selection"], num_selection),
-        test=in_order(columns["test"], num_test),
+        **streams(columns, batch_size, validation_batch_size, max(num_selection, num_test)),
         sizes=sizes,
         facts={"num_features": SIDE * SIDE, "num_labels": NUM_LABELS, "num_examples": num_train},
         is_clean=is_clean,

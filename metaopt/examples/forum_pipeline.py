@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,15 +12,12 @@ from torch import Tensor
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts, check_fraction
 from metaopt.data.bundle import DataBundle
-from metaopt.data.rows import in_order, shuffled
-from metaopt.losses.decoding import evaluating, greedy_decode, sequence_score, to_model
+from metaopt.data.rows import streams
+from metaopt.losses.decoding import sequence_answers, sequence_score, shown
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-ONES, TENS = _ONES.split(), _TENS.split()
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ONES += ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 TOKENS = ["<pad>", "<s>", "</s>", *"0123456789", *ONES, *TENS, "hundred"]
 PAD, BOS, EOS = range(3)
 DIGITS, WORDS = 3, 4  # of the longest number: `nine hundred ninety nine`
@@ -66,21 +62,17 @@ def number_words(
     numbers = {name: [next(drawn) for _ in range(size)] for name, size in sizes.items()}
     answers = {**numbers, "train": _corrupted(numbers["train"], noise, rng)}
     columns = {name: _inputs(found) | _targets(answers[name]) for name, found in numbers.items()}
-    columns["train"]["index"] = index = torch.arange(num_train)
+    columns["unlabelled"] = _inputs(numbers["train"])
     decoding = {"bos": BOS, "eos": EOS, "pad": PAD, "max_length": DIGITS + 1}
     facts = {"vocab_size": len(TOKENS), "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     return DataBundle(
-        train=shuffled(columns["train"], batch_size),
-        unlabelled=shuffled({**_inputs(numbers["train"]), "index": index}, batch_size),
-        validation=shuffled(columns["validation"], validation_batch_size),
-        selection=in_order(columns["selection"], 500),
-        test=in_order(columns["test"], 500),
+        **streams(columns, batch_size, validation_batch_size, 500),
         sizes={**sizes, "unlabelled": num_train},
         facts={**facts, "max_length": WORDS, "max_target_length": DIGITS + 1, "num_examples": num_train},
         is_clean=torch.tensor([a == b for a, b in zip(numbers["train"], answers["train"], strict=True)]),
         score=functools.partial(sequence_score, **decoding),
         selection_metric="token_accuracy",
-        answers=functools.partial(_answers, decoding),
+        answers=functools.partial(shown, functools.partial(sequence_answers, _words, _digits, decoding)),
     )
 
 
@@ -103,16 +95,9 @@ def _targets(numbers: Sequence[int]) -> dict[str, Tensor]:
     return {"labels": whole[:, 1:].contiguous(), "decoder_input_ids": whole[:, :-1].contiguous()}
 
 
-def _answers(
-    decoding: Mapping[str, int], model: Any, batches: Iterable[Mapping[str, Tensor]], count: int
-) -> list[tuple[str, str, str]]:
-    """Return (number in words, its digits, the model's answer) of the first examples."""
-    batch = {name: value[:count] for name, value in next(iter(batches)).items()}
-    with evaluating(model) as module:
-        batch = to_model(batch, module)
-        guesses = greedy_decode(module, batch["input_ids"], batch["attention_mask"], **decoding)
-    return list(zip(_read(batch["input_ids"], " "), _read(batch["labels"], ""), _read(guesses, ""), strict=True))
+def _words(rows: Tensor) -> list[str]:
+    return [" ".join(TOKENS[token] for token in row if token > EOS) for row in rows.tolist()]
 
 
-def _read(rows: Tensor, between: str) -> list[str]:
-    return [between.join(TOKENS[token] for token in row if token > EOS) for row in rows.tolist()]
+def _digits(rows: Tensor) -> list[str]:
+    return ["".join(TOKENS[token] for token in row if token > EOS) for row in rows.tolist()]

@@ -1,19 +1,22 @@
-"""Greedy decoding, and what is measured with it."""
+"""Greedy decoding, and what is measured and shown of a model's answers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError
+from metaopt.base.ranges import check_counts
 from metaopt.core.view import FunctionalModel
-from metaopt.losses.logits import IGNORED, logits_of, model_inputs
+from metaopt.losses.logits import IGNORED, Batch, logits_of, model_inputs
 
-Batch = Mapping[str, Tensor]
+Shown = tuple[str, str, str]  # an input, its right answer, the model's answer
 
 
 @contextmanager
@@ -34,14 +37,6 @@ def evaluating(model: Any) -> Iterator[Callable[..., Any]]:
             module.training = mode
 
 
-def to_model(batch: Batch, model: Any) -> dict[str, Tensor]:
-    """Return the batch on the device of the model's first parameter; a plain function gets it as it is."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if first is None:
-        return dict(batch)
-    return {name: x.to(first.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-
-
 @torch.no_grad()
 def greedy_decode(
     model: Callable[..., Any],
@@ -52,7 +47,7 @@ def greedy_decode(
     pad: int,
     max_length: int,
 ) -> Tensor:
-    """Return the tokens that a sequence-to-sequence model finds most likely, one after the other.
+    """Return the tokens that a sequence-to-sequence model finds most likely, one after the other [B, max_length].
 
     A Hugging Face encoder-decoder encodes its inputs once; anything else that is called
     `model(input_ids=, attention_mask=, decoder_input_ids=)` is called whole for every token.
@@ -60,20 +55,23 @@ def greedy_decode(
     Args:
         model: in the mode in which it shall answer.
         input_ids, attention_mask: [B, L].
-        bos, eos, pad: the tokens that begin an answer, end it, and fill what follows the end.
+        bos, eos, pad: the tokens that begin an answer (it is not returned), end it, and fill what follows the end.
         max_length: tokens of an answer, the end token included.
-
-    Returns:
-        [B, max_length], without the begin token.
     """
-    if max_length < 1:
-        raise ConfigError(f"greedy_decode: max_length={max_length} must be at least 1")
-    next_logits = _next_token_logits(model, input_ids, attention_mask)
+    check_counts("greedy_decode", max_length=max_length)
+    call = functools.partial(model, attention_mask=attention_mask)
+    if isinstance(model, nn.Module) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder: Any = model.get_encoder()  # pyright: ignore[reportCallIssue]
+        encoded = encoder(input_ids=input_ids, attention_mask=attention_mask)
+        # The answers are short: filling a cache costs more than it saves.
+        call = functools.partial(call, encoder_outputs=encoded, use_cache=False)
+    else:
+        call = functools.partial(call, input_ids=input_ids)
     answers = input_ids.new_full((len(input_ids), max_length + 1), pad)
     answers[:, 0] = bos
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for length in range(1, max_length + 1):
-        tokens = next_logits(answers[:, :length]).argmax(-1)
+        tokens = logits_of(call(decoder_input_ids=answers[:, :length]))[:, -1].argmax(-1)
         answers[:, length] = torch.where(running, tokens, pad)
         running = running & (tokens != eos)
         if not running.any():
@@ -81,59 +79,89 @@ def greedy_decode(
     return answers[:, 1:]
 
 
-def _next_token_logits(
-    model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
-) -> Callable[[Tensor], Tensor]:
-    """Return the function from an answer so far [B, L] to the logits of its next token [B, V]."""
-    config = getattr(model, "config", None)
-    inputs: dict[str, Any] = {"attention_mask": attention_mask}
-    if isinstance(model, nn.Module) and getattr(config, "is_encoder_decoder", False):
-        encoder: Any = model.get_encoder()  # pyright: ignore[reportCallIssue]
-        inputs["encoder_outputs"] = encoder(input_ids=input_ids, attention_mask=attention_mask)
-        inputs["use_cache"] = False  # the answers are short: filling a cache costs more than it saves
-    else:
-        inputs["input_ids"] = input_ids
-    return lambda answers: logits_of(model(**inputs, decoder_input_ids=answers))[:, -1]
+def scored(
+    measure: Callable[[Any, Batch], Mapping[str, Tensor]], model: Any, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Return the share of what is right by each measure over labelled batches, in eval mode.
+
+    `measure(model, batch)` returns name → bool [n], one for each example, or for each token that counts.
+    """
+    right: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    with evaluating(model) as module:
+        for batch in batches:
+            for name, found in measure(module, _on_device_of(module, batch)).items():
+                right[name] = right.get(name, 0) + int(found.sum())
+                counts[name] = counts.get(name, 0) + found.numel()
+    if not counts:
+        raise ConfigError("score: there is not a single batch to score; give the stream itself, not a spent iterator")
+    return {name: right[name] / max(counts[name], 1) for name in counts}
 
 
 def sequence_score(
     model: Any, batches: Iterable[Batch], *, bos: int, eos: int, pad: int, max_length: int
 ) -> dict[str, float]:
-    """Score a sequence-to-sequence model on labelled batches, in eval mode.
+    """Score a sequence-to-sequence model on labelled batches, in eval mode, by what `sequence_measure` measures."""
+    measure = functools.partial(sequence_measure, bos=bos, eos=eos, pad=pad, max_length=max_length)
+    return scored(measure, model, batches)
 
-    Returns:
-        `exact_match`, the fraction of examples whose greedy answer is right in every token, and `token_accuracy`,
-        the fraction of tokens that are right when all tokens before are the right ones.
-    """
-    right, examples, right_tokens, tokens = 0, 0, 0, 0
-    with evaluating(model) as module:
-        for batch in batches:
-            batch = to_model(batch, module)
-            labels, counts = batch["labels"], batch["labels"] != IGNORED
-            guesses = logits_of(module(**model_inputs(batch, module))).argmax(-1)
-            right_tokens += int(((guesses == labels) & counts).sum())
-            tokens += int(counts.sum())
-            inputs = batch["input_ids"], batch.get("attention_mask")
-            answers = greedy_decode(module, *inputs, bos, eos, pad, max(max_length, labels.shape[1]))
-            wanted = torch.nn.functional.pad(
-                labels.masked_fill(~counts, pad), (0, answers.shape[1] - labels.shape[1]), value=pad
-            )
-            right += int((answers == wanted).all(1).sum())
-            examples += len(labels)
-    if not examples:
-        raise ConfigError("score: there is not a single batch to score; give the stream itself, not a spent iterator")
-    return {"exact_match": right / examples, "token_accuracy": right_tokens / max(tokens, 1)}
+
+def sequence_measure(module: Any, batch: Batch, bos: int, eos: int, pad: int, max_length: int) -> dict[str, Tensor]:
+    """Return `exact_match`, whose greedy answers are right in every token, and `token_accuracy`, which tokens are right
+    when all tokens before are the right ones."""
+    labels, counts = batch["labels"], batch["labels"] != IGNORED
+    inputs = batch["input_ids"], batch.get("attention_mask")
+    answers = greedy_decode(module, *inputs, bos, eos, pad, max(max_length, labels.shape[1]))
+    wanted = F.pad(labels.masked_fill(~counts, pad), (0, answers.shape[1] - labels.shape[1]), value=pad)
+    right = guesses(module, batch) == labels
+    return {"exact_match": (answers == wanted).all(1), "token_accuracy": right[counts]}
 
 
 def accuracy_score(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Return `accuracy` of a classifier on labelled batches, in eval mode: the fraction of right labels."""
-    right, examples = 0, 0
+    return scored(accuracy_measure, model, batches)
+
+
+def accuracy_measure(module: Any, batch: Batch) -> dict[str, Tensor]:
+    """Return `accuracy`, whose class is guessed right."""
+    return {"accuracy": guesses(module, batch) == batch["labels"]}
+
+
+def shown(
+    read: Callable[[Any, Batch], Iterable[Shown]], model: Any, batches: Iterable[Batch], count: int
+) -> list[Shown]:
+    """Return (input, right answer, the model's answer) of the first `count` examples, read batch by batch."""
+    rows: list[Shown] = []
     with evaluating(model) as module:
         for batch in batches:
-            batch = to_model(batch, module)
-            guesses = logits_of(module(**model_inputs(batch, module))).argmax(-1)
-            right += int((guesses == batch["labels"]).sum())
-            examples += len(batch["labels"])
-    if not examples:
-        raise ConfigError("score: there is not a single batch to score; give the stream itself, not a spent iterator")
-    return {"accuracy": right / examples}
+            first = {name: value[: count - len(rows)] for name, value in batch.items()}
+            rows += read(module, _on_device_of(module, first))
+            if len(rows) >= count:
+                break
+    return rows
+
+
+def sequence_answers(
+    read_inputs: Callable[[Tensor], list[str]],
+    read_answers: Callable[[Tensor], list[str]],
+    decoding: Mapping[str, int],
+    module: Any,
+    batch: Batch,
+) -> Iterable[Shown]:
+    """Return what `shown` reads of a batch for encoder-decoders, which answer greedily."""
+    answers = greedy_decode(module, batch["input_ids"], batch["attention_mask"], **decoding)
+    wanted = batch["labels"].masked_fill(batch["labels"] == IGNORED, decoding["pad"])
+    return zip(read_inputs(batch["input_ids"]), read_answers(wanted), read_answers(answers), strict=True)
+
+
+def guesses(module: Any, batch: Batch) -> Tensor:
+    """Return the class or token that a model finds most likely, [B] or [B, L]."""
+    return logits_of(module(**model_inputs(batch, module))).argmax(-1)
+
+
+def _on_device_of(model: Any, batch: Batch) -> Batch:
+    """Return the batch on the device of the model's first parameter; a plain function gets it as it is."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if first is None:
+        return batch
+    return {name: x.to(first.device) if isinstance(x, Tensor) else x for name, x in batch.items()}

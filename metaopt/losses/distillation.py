@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,11 +34,7 @@ def find_upstream(upstream: Upstream, name: str | None, reader: str) -> Function
 
 
 class FromUpstream(InnerLoss):
-    """Base of the losses that learn from an earlier stage's trained model.
-
-    Args:
-        upstream: its name; None for the stage just before.
-    """
+    """Base of the losses that learn from the trained model of an earlier stage: `upstream`, or the one just before."""
 
     def __init__(self, upstream: str | None = None) -> None:
         self.upstream = upstream
@@ -51,13 +47,9 @@ class FromUpstream(InnerLoss):
     def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
         """Return what the student reads of a batch, and the upstream model's output that it was made from, if any.
 
-        The batch as it is, unless a subclass makes something else of it, in the graph. Training, `PipelineLoss` and
-        scoring all ask here, so that the student always reads what it was trained on.
-
-        Args:
-            model: the student.
-            batch: of any stream, or only the inputs in it.
-            upstream: name → trained model of the earlier stages.
+        The batch (of any stream, or only the inputs in it) as it is, unless a subclass makes something else of it, in
+        the graph. Training, `PipelineLoss` and scoring all ask here, so that the student always reads what it was
+        trained on.
         """
         return model_inputs(batch, model), None
 
@@ -65,9 +57,8 @@ class FromUpstream(InnerLoss):
         """Return what the upstream model says to a batch, in the graph."""
         teacher = self.teacher(upstream)
         inputs = model_inputs(batch, teacher)
-        starts = {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
         is_encoder_decoder = getattr(getattr(teacher, "config", None), "is_encoder_decoder", False)
-        if is_encoder_decoder and not starts & set(inputs):
+        if is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(inputs):
             raise ConfigError(
                 f"{type(self).__name__}: the teacher is an encoder-decoder, and the batch holds no decoder_input_ids "
                 f"and no labels (it has: {', '.join(batch)}); let the teacher write them: Stage(..., "
@@ -79,14 +70,13 @@ class FromUpstream(InnerLoss):
         """Say so where teacher and student do not have the same classes, so that soft labels mean nothing."""
         if not upstream:
             return f"{type(self).__name__} learns from an earlier stage, but its stage is the first of the chain"
-        teacher = upstream.get(self.upstream or list(upstream)[-1])
-        needs, has = (None if module is None else num_classes(module) for module in (teacher, model))
+        needs, has = num_classes(upstream.get(self.upstream or list(upstream)[-1])), num_classes(model)
         if needs is None or has is None or needs == has:
             return None
         return (
             f"{type(self).__name__}: the teacher tells {needs} classes (tokens) apart, and the student {has}: soft "
-            "labels need the same vocabulary for both, token by token. Build both with the same tokenizer; across "
-            "tokenizers nothing but text can be handed over, and text carries no gradient"
+            "labels need one vocabulary; build both with the same tokenizer (across tokenizers nothing but text can be "
+            "handed over, and text carries no gradient)"
         )
 
 
@@ -104,59 +94,24 @@ class Distillation(FromUpstream):
     def __init__(self, upstream: str | None = None, temperature: float = 1.0) -> None:
         super().__init__(upstream)
         if not temperature > 0:
-            raise ConfigError(f"Distillation: temperature={temperature} must be above 0")
-        self.temperature = temperature
-
-    def __call__(
-        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> Tensor:
-        target = logits_of(self.taught(upstream, batch))
-        output = model(**model_inputs(batch, model))
-        return soft_label_loss(logits_of(output), target, aligned_labels(model, batch.get("labels")), self.temperature)
-
-
-def soft_label_loss(logits: Tensor, target: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """Return `τ² · mean KL(softmax(target/τ) ‖ softmax(logits/τ))` over examples and counted positions.
-
-    Args:
-        logits: of the student, [B, C] or [B, L, C].
-        target: logits of the teacher, same shape.
-        labels: only their −100 entries are read: positions that do not count; None counts all.
-        temperature: τ.
-    """
-    if logits.shape != target.shape:
-        raise StageError(
-            f"the student's logits have shape {list(logits.shape)}, the teacher's {list(target.shape)}: soft labels "
-            "need the same classes (vocabulary) and the same positions for both"
-        )
-    log_q, log_p = (F.log_softmax(z / temperature, dim=-1) for z in (logits, target))
-    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    counts = None if labels is None else labels != IGNORED
-    return temperature**2 * mean_over_positions(divergence, counts).mean()
-
-
-class HiddenStates(FromUpstream):
-    """Feed the student with the teacher's last decoder hidden states, and teach it the teacher's soft labels.
-
-    The student gets them as `decoder_inputs_embeds`, in the graph; both models are encoder-decoders of one hidden
-    size. `L = τ² · mean KL(teacher ‖ student)`.
-
-    Args:
-        upstream: the teacher's stage; None for the stage just before.
-        temperature: τ > 0.
-    """
-
-    def __init__(self, upstream: str | None = None, temperature: float = 1.0) -> None:
-        super().__init__(upstream)
-        if not temperature > 0:
-            raise ConfigError(f"HiddenStates: temperature={temperature} must be above 0")
+            raise ConfigError(f"{type(self).__name__}: temperature={temperature} must be above 0")
         self.temperature = temperature
 
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
         inputs, taught = self.student_inputs(model, batch, upstream)
-        return soft_label_loss(logits_of(model(**inputs)), logits_of(taught), batch.get("labels"), self.temperature)
+        target = logits_of(self.taught(upstream, batch) if taught is None else taught)
+        labels = aligned_labels(model, batch.get("labels"))
+        return soft_label_loss(logits_of(model(**inputs)), target, labels, self.temperature)
+
+
+class HiddenStates(Distillation):
+    """Feed the student with the teacher's last decoder hidden states, and teach it the teacher's soft labels.
+
+    The student gets them as `decoder_inputs_embeds`, in the graph; both models are encoder-decoders of one hidden
+    size. The loss is that of `Distillation`.
+    """
 
     def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
         """Return the batch with the teacher's hidden states in place of the decoder's tokens."""
@@ -169,16 +124,32 @@ class HiddenStates(FromUpstream):
         return inputs, taught
 
 
-class HardLabels:
-    """Labels by the teacher's argmax: refused, since no gradient passes through it.
+def HardLabels(upstream: str | None = None) -> NoReturn:  # noqa: N802  # a loss by its name, as all the others
+    """Refuse labels by the teacher's argmax, through which no gradient passes, and say what to write instead."""
+    raise ConfigError(
+        "HardLabels: argmax is piecewise constant, its derivative is zero, so the hypergradient would stop at the "
+        "teacher's labels. Write Distillation(...) (soft labels) or HiddenStates(...) instead; with handover: decoded "
+        "the student trains on the teacher's decoded output and its soft labels carry the gradient"
+    )
 
-    Raises:
-        ConfigError: always, and says what to write instead.
+
+def soft_label_loss(logits: Tensor, target: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """Return `τ² · mean KL(softmax(target/τ) ‖ softmax(logits/τ))` over examples and counted positions.
+
+    Both are logits [B, C] or [B, L, C]; of the labels only the −100 entries are read, which do not count (None counts
+    all).
     """
+    require_same_classes(logits, target)
+    log_q, log_p = (F.log_softmax(z / temperature, dim=-1) for z in (logits, target))
+    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    counts = None if labels is None else labels != IGNORED
+    return temperature**2 * mean_over_positions(divergence, counts).mean()
 
-    def __init__(self, upstream: str | None = None) -> None:
-        raise ConfigError(
-            "HardLabels: argmax is piecewise constant, its derivative is zero, so the hypergradient would stop at the "
-            "teacher's labels. Write Distillation(...) (soft labels) or HiddenStates(...) instead; with handover: "
-            "decoded the student trains on the teacher's decoded output and its soft labels carry the gradient"
+
+def require_same_classes(logits: Tensor, target: Tensor) -> None:
+    """Raise if the student's logits and what the teacher says do not have one shape."""
+    if logits.shape != target.shape:
+        raise StageError(
+            f"the student's logits have shape {list(logits.shape)}, the teacher's {list(target.shape)}: both need the "
+            "same classes (vocabulary) and the same positions"
         )

@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaopt.base.errors import ConfigError, StageError
-from metaopt.core.contracts import HandOver
+from metaopt.base.errors import StageError
+from metaopt.base.ranges import check_counts
+from metaopt.core.contracts import HandOver, Upstream
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.decoding import greedy_decode
 from metaopt.losses.distillation import find_upstream
 from metaopt.losses.logits import IGNORED, model_inputs
 
 _TOGETHER = 16  # batches that are decoded in one go
-
-Upstream = Mapping[str, FunctionalModel]
 
 
 class Answered(HandOver):
@@ -41,18 +40,20 @@ class Answered(HandOver):
 
     @abstractmethod
     def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a batch gains: `decoder_input_ids` and `labels`, say, one row per input.
+        """Return what a few batches together gain: `decoder_input_ids` and `labels`, say, one row per input.
 
-        Args:
-            module: the teacher's own module with the trained weights, in eval mode.
-            inputs: of a few batches together.
+        `module` is the teacher's own, with the trained weights and in eval mode.
         """
 
     def write(self, upstream: Upstream, batches: Sequence[Any]) -> Sequence[Any]:
         """Let the teacher answer all batches, a few of one shape together."""
         teacher = find_upstream(upstream, self.upstream, type(self).__name__)
+
+        def shapes(batch: Any) -> dict[str, Any]:
+            return {key: value.shape[1:] for key, value in _inputs(batch, teacher).items()}
+
         written = []
-        for _, alike in itertools.groupby(batches, key=lambda batch: _shapes(_inputs(batch, teacher))):
+        for _, alike in itertools.groupby(batches, key=shapes):
             rest = list(alike)
             while rest:
                 few, rest = rest[:_TOGETHER], rest[_TOGETHER:]
@@ -72,10 +73,6 @@ class Answered(HandOver):
 def _inputs(batch: Mapping[str, Tensor], teacher: FunctionalModel) -> dict[str, Tensor]:
     unanswered = {key: value for key, value in batch.items() if key != "labels" and not key.startswith("decoder_")}
     return model_inputs(unanswered, teacher)
-
-
-def _shapes(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {key: value.shape[1:] for key, value in inputs.items()}
 
 
 def until_end(answers: Tensor, ends: Sequence[int]) -> Tensor:
@@ -108,8 +105,7 @@ class Decoded(Answered):
         upstream: str | None = None,
     ) -> None:
         super().__init__(batches, upstream)
-        if max_length < 1:
-            raise ConfigError(f"Decoded: max_length={max_length} must be at least 1")
+        check_counts("Decoded", max_length=max_length)
         self.tokens = {"bos": bos_token_id, "eos": eos_token_id, "pad": pad_token_id}
         self.max_length = max_length
 
@@ -144,28 +140,27 @@ class Generated(Answered):
 
     def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Let `generate` write, and cut its sequences into inputs and labels."""
-        generate: Any = getattr(module, "generate", None)
-        config: Any = getattr(module, "config", None)
-        if generate is None or config is None:
+        teacher: Any = module
+        if not hasattr(teacher, "generate") or not hasattr(teacher, "config"):
             raise StageError(
-                f"Generated: the teacher, a {type(module).__name__}, has no generate(); use Decoded(...), or write a "
-                "HandOver of your own"
+                f"Generated: the teacher, a {type(module).__name__}, has no generate(); use Decoded(...) or a HandOver "
+                "of your own"
             )
-        causal = not config.is_encoder_decoder
+        causal = not teacher.config.is_encoder_decoder
         mask = inputs.get("attention_mask")
         if causal and mask is not None and not bool(mask[:, -1].all()):
             raise StageError("Generated: a causal model's prompts must be padded on the left: padding_side='left'")
-        written: Tensor = generate(**inputs, **self.generation, return_dict_in_generate=False)
+        written: Tensor = teacher.generate(**inputs, **self.generation, return_dict_in_generate=False)
+        ends = self.generation.get("eos_token_id", teacher.generation_config.eos_token_id)
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         if not causal:
-            return {"decoder_input_ids": written[:, :-1], "labels": until_end(written[:, 1:], self._ends(module))}
+            return {"decoder_input_ids": written[:, :-1], "labels": until_end(written[:, 1:], ends)}
         prompt = inputs["input_ids"].shape[1]
-        labels = until_end(written[:, prompt:], self._ends(module))
-        found = {"input_ids": written, "labels": F.pad(labels, (prompt, 0), value=IGNORED)}
+        found = {
+            "input_ids": written,
+            "labels": F.pad(until_end(written[:, prompt:], ends), (prompt, 0), value=IGNORED),
+        }
         if mask is not None:
             found["attention_mask"] = F.pad(mask, (0, written.shape[1] - prompt), value=1)
             found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return found
-
-    def _ends(self, module: Any) -> list[int]:
-        ends = self.generation.get("eos_token_id", module.generation_config.eos_token_id)
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

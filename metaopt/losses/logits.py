@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,22 +20,16 @@ NOT_FOR_MODELS = ("index", "source", "labels")  # entries of a batch that models
 IGNORED = -100  # label of a position that counts in no loss
 
 
-class _Forward(NamedTuple):
-    """Which entries of a batch a model's forward takes (None: any), and whether its own loss shifts the labels."""
-
-    takes: frozenset[str] | None = None
-    shifts: bool = False
+# Of a module: which entries of a batch its forward takes (None: any), and whether its own loss shifts the labels.
+_forwards: WeakKeyDictionary[nn.Module, tuple[frozenset[str] | None, bool]] = WeakKeyDictionary()
 
 
-_forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
-
-
-def _forward_of(model: Any) -> _Forward:
+def _forward_of(model: Any) -> tuple[frozenset[str] | None, bool]:
     module = _module_of(model)
     if not isinstance(module, nn.Module):
-        return _Forward()
+        return None, False
     if module not in _forwards:
-        _forwards[module] = _Forward(_taken(module), _shifts(module))
+        _forwards[module] = _taken(module), _shifts(module)
     return _forwards[module]
 
 
@@ -50,16 +44,13 @@ def _hugging_face(module: Any) -> Any:
 
 
 def _taken(module: nn.Module) -> frozenset[str] | None:
-    names: set[str] = set()
     inner = _hugging_face(module)
-    for part in (module, inner):  # what a wrapper takes as **kwargs it hands on
-        if part is None:
+    parameters = [*inspect.signature(module.forward).parameters.values()]
+    if module is not inner and any(p.kind is p.VAR_KEYWORD for p in parameters):  # what it takes so it hands on
+        if inner is None:
             return None
-        parameters = inspect.signature(part.forward).parameters.values()
-        names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-        if part is inner or all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            break
-    return frozenset(names)
+        parameters += inspect.signature(inner.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
 
 
 def _shifts(module: nn.Module) -> bool:
@@ -91,7 +82,7 @@ def model_inputs(batch: Batch, model: Any = None) -> dict[str, Tensor]:
     inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
     if model is None:
         return inputs
-    takes, labels = _forward_of(model).takes, batch.get("labels")
+    takes, labels = _forward_of(model)[0], batch.get("labels")
     if labels is not None and labels.dim() > 1 and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
         inputs |= _decoder_inputs(_hugging_face(_module_of(model)), labels)
     taken = {name: value for name, value in inputs.items() if takes is None or name in takes}
@@ -129,14 +120,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return each example's cross-entropy, mean over its positions.
+    """Return each example's cross-entropy in nats [B], mean over its positions.
 
-    Args:
-        logits: [B, C] or [B, L, C].
-        labels: [B] or [B, L], those of the logits' places (`aligned_labels`); −100 marks positions that do not count.
-
-    Returns:
-        [B], in nats.
+    Labels [B] or [B, L] are those of the places of the logits [B, C] or [B, L, C] (`aligned_labels`); −100 marks
+    positions that do not count.
     """
     return mean_over_positions(*cross_entropies(logits, labels))
 
@@ -153,15 +140,13 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"logits of shape {list(logits.shape)} do not fit labels of shape {list(labels.shape)}: labels must have "
             f"the shape {list(logits.shape[:-1])}"
         )
-    flat = logits.flatten(0, -2), labels.flatten().long()
     try:
-        losses = F.cross_entropy(*flat, reduction="none", ignore_index=IGNORED)
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction="none", ignore_index=IGNORED)
     except IndexError as error:  # on an accelerator it is an assertion, long after
         seen = labels[labels != IGNORED]
         raise StageError(
             f"labels run from {int(seen.min())} to {int(seen.max())}, and the model's logits tell {logits.shape[-1]} "
-            f"classes apart, 0 to {logits.shape[-1] - 1} ({IGNORED} marks positions that do not count); number the "
-            "labels from 0, or build the model with more classes"
+            "classes apart; number the labels from 0, or build the model with more classes"
         ) from error
     return losses.view(labels.shape), labels != IGNORED
 
@@ -169,11 +154,10 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def aligned_labels(model: Any, labels: Any) -> Any:
     """Return the label that each of a model's logits is compared with, [B] or [B, L]; None where there are no labels.
 
-    It is what the model's own loss makes of `labels`. A causal language model of Hugging Face, whatever wraps it,
-    predicts label t + 1 at position t; every other model, and a plain module (unless it has `loss_type =
-    "ForCausalLM"`), label t.
+    A causal language model of Hugging Face, whatever wraps it, predicts label t + 1 at position t; every other model,
+    and a plain module (unless it has `loss_type = "ForCausalLM"`), label t.
     """
-    if labels is None or labels.dim() < 2 or not _forward_of(model).shifts:
+    if labels is None or labels.dim() < 2 or not _forward_of(model)[1]:
         return labels
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
@@ -207,7 +191,7 @@ def mean_over_positions(values: Tensor, counts: Tensor | None) -> Tensor:
     return (values * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
 
 
-def num_classes(module: nn.Module) -> int | None:
+def num_classes(module: nn.Module | None) -> int | None:
     """Return how many classes or tokens a model's logits tell apart, where it says so."""
     try:
         head = getattr(module, "get_output_embeddings", lambda: None)()

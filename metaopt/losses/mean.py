@@ -22,14 +22,8 @@ def mean_meta_loss(
     """Return the mean of a meta-objective over batches, `1/n Σ_i f(trained, batch_i, φ)`, to be differentiated once.
 
     Each batch is differentiated as far as the trained weights and the meta-parameters at once, and its graph is freed;
-    the one backward of the result then carries the summed gradients through the chain. The result is that of the sum
-    over all batches, for the memory of one, and a single backward through the inner loops.
-
-    Args:
-        objective: a meta-objective.
-        trained: outcome of an unroll.
-        batches: of the validation stream, n ≥ 1.
-        meta_params: a tensor, a module or a named mapping.
+    the one backward of the result then carries the summed gradients through the chain: the gradient of the sum over
+    all n ≥ 1 batches, for the memory of one.
     """
     batches = list(batches)
     if not batches:

@@ -14,13 +14,7 @@ from metaopt.losses.distillation import FromUpstream
 
 
 class Pipeline(nn.Module):
-    """A trained student behind the trained models that feed it, called with a batch or with the inputs in it.
-
-    Args:
-        student: its trained model, in eval mode.
-        hand_over: what makes its inputs.
-        upstream: trained models of the earlier stages.
-    """
+    """A trained student behind the trained models that feed it, called with a batch or with the inputs in it."""
 
     def __init__(
         self, student: FunctionalModel, hand_over: FromUpstream, upstream: Mapping[str, FunctionalModel]
@@ -34,12 +28,10 @@ class Pipeline(nn.Module):
         return self._student(**inputs)
 
     def train(self, mode: bool = True) -> Pipeline:
-        """Return itself, in eval mode: its models have modes of their own."""
-        return self
+        return self  # its models have modes of their own
 
     @contextmanager
     def as_module(self) -> Iterator[nn.Module]:
-        """Give itself, as a trained model gives its module."""
         yield self
 
 

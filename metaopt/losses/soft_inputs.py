@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,35 +13,25 @@ from metaopt.base.errors import ConfigError, StageError
 from metaopt.core.contracts import Upstream
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import FunctionalModel
-from metaopt.losses.distillation import FromUpstream, soft_label_loss
-from metaopt.losses.logits import aligned_labels, counted, logits_of, mean_over_positions, model_inputs, num_classes
+from metaopt.losses.distillation import Distillation, FromUpstream, require_same_classes
+from metaopt.losses.logits import counted, logits_of, mean_over_positions, model_inputs
 
 
-class ExpectedEmbeddings(FromUpstream):
+class ExpectedEmbeddings(Distillation):
     """Feed the student with the expected embedding of the teacher's next token, and teach it the soft labels.
 
     `e_t = Σ_v softmax(z_teacher,t−1 / τ)_v E_v`, E being the student's own input embeddings, in the graph of both
-    models; `L = τ² · mean KL(teacher ‖ student)`. An encoder-decoder gets them in its decoder, behind the batch's first
+    models; the loss is that of `Distillation`. An encoder-decoder gets them in its decoder, behind the batch's first
     decoder token; any other model behind its first input token.
 
     Args:
-        upstream: the teacher's stage; None for the stage just before.
-        temperature: τ > 0.
+        upstream, temperature: as in `Distillation`.
         shift: True where position t predicts token t + 1; False for masked models, which predict token t itself.
     """
 
     def __init__(self, upstream: str | None = None, temperature: float = 1.0, shift: bool = True) -> None:
-        super().__init__(upstream)
-        if not temperature > 0:
-            raise ConfigError(f"ExpectedEmbeddings: temperature={temperature} must be above 0")
-        self.temperature, self.shift = temperature, shift
-
-    def __call__(
-        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> Tensor:
-        inputs, target = self.student_inputs(model, batch, upstream)
-        labels = aligned_labels(model, batch.get("labels"))
-        return soft_label_loss(logits_of(model(**inputs)), target, labels, self.temperature)
+        super().__init__(upstream, temperature)
+        self.shift = shift
 
     def student_inputs(
         self, model: FunctionalModel, batch: Any, upstream: Upstream
@@ -51,10 +40,6 @@ class ExpectedEmbeddings(FromUpstream):
         target = logits_of(self.taught(upstream, batch))
         tokens = (target / self.temperature).softmax(-1)
         return with_soft_tokens(model, model_inputs(batch, model), tokens, self.shift), target
-
-    def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
-        """Say so where the teacher's tokens are not the student's."""
-        return super().problem_with(model, upstream) or _problem_of_embeddings(self, model, upstream)
 
 
 class GumbelSamples(FromUpstream):
@@ -96,11 +81,7 @@ class GumbelSamples(FromUpstream):
     ) -> Tensor:
         inputs, sample = self.student_inputs(model, batch, upstream)
         log_q = logits_of(model(**inputs)).log_softmax(-1)
-        if log_q.shape != sample.shape:
-            raise StageError(
-                f"the student's logits have shape {list(log_q.shape)}, the teacher's {list(sample.shape)}: samples "
-                "need the same classes (vocabulary) and the same positions for both"
-            )
+        require_same_classes(log_q, sample)
         return mean_over_positions(-(sample * log_q).sum(-1), counted(model, batch)).mean()
 
     def student_inputs(
@@ -123,18 +104,9 @@ class GumbelSamples(FromUpstream):
             return soft
         return F.one_hot(soft.argmax(-1), soft.shape[-1]) + soft - soft.detach()
 
-    def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
-        """Say so where the teacher's tokens are not the student's."""
-        return super().problem_with(model, upstream) or _problem_of_embeddings(self, model, upstream)
-
 
 class Annealed:
-    """A temperature that falls from `start` to `end` in `num_steps` inner steps: `start · (end/start)^min(t/n, 1)`.
-
-    Args:
-        start, end: above 0.
-        num_steps: n ≥ 1.
-    """
+    """A temperature that falls from `start` to `end` in n = `num_steps` steps: `start · (end/start)^min(t/n, 1)`."""
 
     def __init__(self, start: float, end: float, num_steps: int) -> None:
         if not (start > 0 and end > 0 and num_steps >= 1):
@@ -145,16 +117,15 @@ class Annealed:
 
     def __call__(self, step: int) -> float:
         """Return the temperature of inner step t."""
-        return self.start * math.pow(self.end / self.start, min(step / self.num_steps, 1.0))
+        return self.start * (self.end / self.start) ** min(step / self.num_steps, 1.0)
 
 
 def with_soft_tokens(
     model: FunctionalModel, inputs: Mapping[str, Tensor], tokens: Tensor, shift: bool = True
 ) -> dict[str, Tensor]:
-    """Return a model's inputs with its tokens replaced by mixtures of its own embeddings.
+    """Return a Hugging Face model's inputs with its tokens replaced by mixtures of its own embeddings.
 
     Args:
-        model: a Hugging Face model of tokens.
         inputs: with `decoder_input_ids`, or `input_ids` for models without an encoder; the ids are taken out.
         tokens: weights over the vocabulary [B, L, V].
         shift: keep the first hard token, and move the others back by one.
@@ -166,6 +137,11 @@ def with_soft_tokens(
         matrix = token_embeddings(module)
     if matrix is None:
         raise StageError(f"{model!r} has no get_input_embeddings(): soft tokens need a Hugging Face model of tokens")
+    if len(matrix) != tokens.shape[-1]:
+        raise StageError(
+            f"the teacher says {tokens.shape[-1]} tokens, and the student embeds {len(matrix)}: mixtures of embeddings "
+            "need one vocabulary; build both models with the same tokenizer"
+        )
     mixed = tokens @ matrix
     if shift:
         mixed = torch.cat([matrix[ids[:, :1]], mixed[:, :-1]], dim=1)
@@ -174,9 +150,8 @@ def with_soft_tokens(
 
 def token_embeddings(module: nn.Module) -> Tensor | None:
     """Return what each token becomes in a model's decoder (or in the model, if it has none) [V, H], or None."""
-    config = getattr(module, "config", None)
     part: Any = module
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         part = part.get_decoder()
     try:
         table = part.get_input_embeddings()
@@ -185,14 +160,3 @@ def token_embeddings(module: nn.Module) -> Tensor | None:
     if not isinstance(table, nn.Embedding):
         return None
     return table.weight * getattr(table, "embed_scale", 1.0)  # BART and Gemma scale what they look up
-
-
-def _problem_of_embeddings(loss: FromUpstream, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
-    teacher = upstream.get(loss.upstream or list(upstream)[-1])
-    matrix, classes = token_embeddings(model), None if teacher is None else num_classes(teacher)
-    if matrix is None or classes is None or len(matrix) == classes:
-        return None
-    return (
-        f"{type(loss).__name__}: the teacher says {classes} tokens, and the student embeds {len(matrix)}: a mixture of "
-        "embeddings needs the same vocabulary for both; build both models with the same tokenizer"
-    )

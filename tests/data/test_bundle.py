@@ -49,7 +49,7 @@ def test_a_stream_that_is_not_there_is_told_from_an_unknown_one() -> None:
         ({"is_clean": torch.ones(3, dtype=torch.bool), "sizes": {"train": 4}}, "is_clean has 3 entries for 4"),
         ({"is_clean": torch.ones(3, dtype=torch.bool), "facts": {"num_examples": 2}}, "3 entries for 2"),
         ({"good_sources": torch.ones(2, dtype=torch.bool), "facts": {"num_sources": 8}}, "good_sources has 2"),
-        ({"source_names": ("a",), "facts": {"num_sources": 2}}, "1 source_names for 2 sources"),
+        ({"source_names": ("a",), "facts": {"num_sources": 2}}, "source_names has 1 entries for 2"),
         ({"selection_metric": "accuracy"}, "selection_metric='accuracy'.*missing"),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from metaopt.base.errors import ConfigError
 from metaopt.data.bundle import DataBundle
 from metaopt.data.text import text
-from metaopt.data.text_scores import greedy_continue
+from metaopt.data.text_tasks import greedy_continue
 from metaopt.data.text_tokens import character_tokenizer
 from metaopt.losses.logits import IGNORED, label_losses, mean_over_positions
 from metaopt.models.hugging_face import from_config
