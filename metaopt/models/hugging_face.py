@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.base.errors import ConfigError, did_you_mean, first_line
 from metaopt.base.ranges import matching
 
 Kind = Literal["seq2seq", "causal", "masked", "classification", "image_classification"]
@@ -33,6 +34,8 @@ AUTO_CLASSES: dict[str, Any] = {
 PEFT_TASKS = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 # Families whose first position is numbered pad_token_id + 1.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "ibert")
+
+FOLDER_OR_NAME = "give a folder written by save_pretrained, or a name on the Hugging Face hub"
 
 
 def from_config(
@@ -57,46 +60,41 @@ def from_config(
         kind: what it does, `seq2seq` say; each stands for one `AutoModelFor…`.
         model_type: family, such as `t5`, `bart`, `gpt2`, `llama`, `bert`, `vit`.
         config: options of that family's own config by its own names, such as `d_model` or `hidden_size`.
-        vocab_size: of the tokenizer.
+        vocab_size, num_labels: tokens, and classes.
         pad_token_id, bos_token_id, eos_token_id: the tokens that fill, begin and end; a sequence-to-sequence model's
             answers begin with `bos_token_id`.
         max_length, max_target_length: tokens of the longest input and answer; models with learned positions get as many
             as the longer one, unless `config` says otherwise.
-        num_labels: classes.
         freeze, unfreeze, lora: as in `adapt`.
 
     Raises:
         ConfigError: an unknown kind, family or option, or sizes that do not fit each other.
     """
-    where = "from_config"
-    _check_kind(where, kind)
+    _check_kind("from_config", kind)
     if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"{where}: no model_type {model_type!r}{_close(model_type, list(CONFIG_MAPPING))}")
+        hint = did_you_mean(model_type, list(CONFIG_MAPPING), others=False)
+        raise ConfigError(f"from_config: no model_type {model_type!r}{hint}")
     known = CONFIG_MAPPING[model_type]()
-    options = dict(config or {})
-    for name in options:
+    for name in config or {}:
         if not hasattr(known, name):
-            names = [*known.to_dict(), *getattr(known, "attribute_map", {})]
-            raise ConfigError(f"{where}: a {model_type} config has no option {name!r}{_close(name, names)}")
-    given = {"vocab_size": vocab_size, "num_labels": num_labels}
+            hint = did_you_mean(name, [*known.to_dict(), *getattr(known, "attribute_map", {})], others=False)
+            raise ConfigError(f"from_config: a {model_type} config has no option {name!r}{hint}")
+    given: dict[str, Any] = {"vocab_size": vocab_size, "num_labels": num_labels}
     given |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     if kind == "seq2seq":
-        given |= {"decoder_start_token_id": bos_token_id}
+        given["decoder_start_token_id"] = bos_token_id
         if hasattr(known, "forced_eos_token_id"):
-            given |= {"forced_eos_token_id": eos_token_id}
-    if hasattr(known, "max_position_embeddings"):
+            given["forced_eos_token_id"] = eos_token_id
+    longest = max(max_length or 0, max_target_length or 0)
+    if hasattr(known, "max_position_embeddings") and longest:
         offset = 1 + (pad_token_id or 0) if model_type in POSITIONS_AFTER_PADDING else 0
-        longest = max(max_length or 0, max_target_length or 0)
-        given |= {"max_position_embeddings": longest + offset if longest else None}
-    options = {**{name: value for name, value in given.items() if value is not None}, **options}
+        given["max_position_embeddings"] = longest + offset
     if hasattr(known, "use_cache"):
-        options.setdefault("use_cache", False)  # not in a training step; generate() asks for one by itself
-    try:
+        given["use_cache"] = False  # not in a training step; generate() asks for one by itself
+    options = {**{name: value for name, value in given.items() if value is not None}, **(config or {})}
+    listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    with refusing(f"from_config: no {kind} model of type {model_type!r} with {listed}"):
         model = AUTO_CLASSES[kind].from_config(CONFIG_MAPPING[model_type](**options))
-    except Exception as error:  # each family checks its own sizes in its own way
-        raise ConfigError(
-            f"{where}: no {kind} model of type {model_type!r} with {_listed(options)}: {_first_line(error)}"
-        ) from error
     return adapt(model, kind, freeze=freeze, unfreeze=unfreeze, lora=lora)
 
 
@@ -124,16 +122,10 @@ def from_pretrained(
     Raises:
         ConfigError: it cannot be loaded, or was trained with another first token.
     """
-    where = "from_pretrained"
-    _check_kind(where, kind)
+    _check_kind("from_pretrained", kind)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
-    try:
+    with refusing(f"from_pretrained: cannot load a {kind} model from {name!r}: {FOLDER_OR_NAME}"):
         model = AUTO_CLASSES[kind].from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"{where}: cannot load a {kind} model from {name!r}: give a folder written by save_pretrained, or a name "
-            f"on the Hugging Face hub ({_first_line(error)})"
-        ) from error
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
     if hasattr(model.config, "use_cache"):
@@ -141,9 +133,8 @@ def from_pretrained(
     start = getattr(model.config, "decoder_start_token_id", None)
     if kind == "seq2seq" and bos_token_id is not None and start not in (None, bos_token_id):
         raise ConfigError(
-            f"{where}: {name!r} begins its answers with token {start}, and the data begin theirs with token "
-            f"{bos_token_id}; give the data decoder_start_token_id={start} (in a config: "
-            f"data.decoder_start_token_id={start})"
+            f"from_pretrained: {name!r} begins its answers with token {start}, and the data begin theirs with token "
+            f"{bos_token_id}; give the data decoder_start_token_id={start} (data.decoder_start_token_id in a config)"
         )
     return adapt(model, kind, freeze=freeze, unfreeze=unfreeze, lora=lora)
 
@@ -160,7 +151,7 @@ def adapt(
 
     Args:
         model: changed in place.
-        kind: what it does; `peft` keeps the head of a classifier trained beside the adapters.
+        kind: what it does; with `lora`, a new head of a classifier is trained beside the adapters.
         freeze: patterns of parameter names, such as `*embed*` or `encoder.*`.
         unfreeze: patterns of those to train nevertheless, so that `freeze=["*"], unfreeze=["classifier.*"]` trains the
             head alone.
@@ -176,7 +167,7 @@ def adapt(
                 "adapt: lora trains the adapters alone, so freeze and unfreeze have nothing to say; name what to train "
                 "beside them in lora.modules_to_save"
             )
-        return with_lora(model, kind, lora)
+        return _with_lora(model, kind, lora)
     names = [name for name, _ in model.named_parameters()]
     frozen = matching("adapt: freeze", freeze, names) - matching("adapt: unfreeze", unfreeze, names)
     if unfreeze and not freeze:
@@ -189,18 +180,10 @@ def adapt(
     return model
 
 
-def with_lora(model: nn.Module, kind: Kind, options: Mapping[str, Any]) -> nn.Module:
+def _with_lora(model: nn.Module, kind: Kind, options: Mapping[str, Any]) -> nn.Module:
     """Return the model with low-rank adapters (Hu et al., 2021, arXiv:2106.09685); all else is frozen.
 
     A weight W becomes `W + (lora_alpha / r) B A`; a stage trains and carries A and B alone.
-
-    Args:
-        model: changed in place.
-        kind: what it does.
-        options: of `peft.LoraConfig`.
-
-    Raises:
-        ConfigError: peft is not installed or does not take the options.
     """
     try:
         import peft
@@ -209,18 +192,16 @@ def with_lora(model: nn.Module, kind: Kind, options: Mapping[str, Any]) -> nn.Mo
     known = [field.name for field in dataclasses.fields(peft.LoraConfig)]
     for name in options:
         if name not in known:
-            raise ConfigError(f"lora: peft.LoraConfig has no option {name!r}{_close(name, known)}")
+            hint = did_you_mean(name, known, others=False)
+            raise ConfigError(f"lora: peft.LoraConfig has no option {name!r}{hint}")
     defaults: dict[str, Any] = {"task_type": PEFT_TASKS.get(kind)}
     if kind == "image_classification":
         defaults["modules_to_save"] = ["classifier"]  # a new head must be trained; peft sees to that for text alone
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), refusing("lora"):
         # peft reads an attribute that transformers 5 renames, and corrects this option of GPT-2's layers by itself.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set", category=UserWarning)
-        try:
-            return peft.get_peft_model(model, peft.LoraConfig(**{**defaults, **options}))  # type: ignore[arg-type]
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"lora: {_first_line(error)}") from error
+        return peft.get_peft_model(model, peft.LoraConfig(**{**defaults, **options}))  # type: ignore[arg-type]
 
 
 def _check_kind(where: str, kind: str) -> None:
@@ -228,15 +209,10 @@ def _check_kind(where: str, kind: str) -> None:
         raise ConfigError(f"{where}: no kind of model {kind!r}{did_you_mean(kind, AUTO_CLASSES)}")
 
 
-def _close(name: str, known: Sequence[str]) -> str:
-    """Return what may have been meant; not all of hundreds of names."""
-    hint = did_you_mean(name, known)
-    return hint if "did you mean" in hint else ""
-
-
-def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever a library makes of sizes, names and options into a ConfigError; each family has its own ways."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{what}: {first_line(error)}") from error

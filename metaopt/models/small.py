@@ -1,4 +1,4 @@
-"""Models built from a config or loaded from a folder, and whether they fit the data."""
+"""Small models, an encoder-decoder of two halves, and whether a model fits the data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderC
 
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts
+from metaopt.models.hugging_face import FOLDER_OR_NAME, refusing
 
 
 def encoder_decoder(
@@ -34,8 +35,7 @@ def encoder_decoder(
         vocab_size: of both, inputs and answers.
         pad_token_id, bos_token_id, eos_token_id: the tokens that fill, begin and end an answer.
         max_length: tokens of the longest input.
-        hidden_size, num_layers, num_heads, intermediate_size: of each of the two; num_heads divides hidden_size.
-        dropout: of hidden states and attention, from 0 to below 1.
+        hidden_size, num_layers, num_heads, intermediate_size, dropout: of each of the two.
         initializer_range: standard deviation of the initial weights. BERT's own 0.02 is meant for width 768; a width of
             64 learns faster from 0.1.
         max_target_length: tokens of the longest answer; None if none is longer than the longest input.
@@ -47,8 +47,6 @@ def encoder_decoder(
     check_counts(where, vocab_size=vocab_size, max_length=max_length, hidden_size=hidden_size)
     check_counts(where, num_layers=num_layers, num_heads=num_heads, intermediate_size=intermediate_size)
     max_length = max(max_length, max_target_length or 0)
-    if hidden_size % num_heads:
-        raise ConfigError(f"{where}: num_heads={num_heads} must divide hidden_size={hidden_size}")
     if not (isinstance(initializer_range, int | float) and initializer_range > 0):
         raise ConfigError(f"{where}: initializer_range={initializer_range!r} must be a positive number")
     _check_dropout(where, dropout)
@@ -70,7 +68,8 @@ def encoder_decoder(
     # No cache in a training step; generate() asks for one by itself.
     encoder, decoder = BertConfig(**options), BertConfig(**options, use_cache=False)
     config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)  # makes `decoder` a decoder
-    halves = BertModel(config.encoder, add_pooling_layer=False), BertLMHeadModel(config.decoder)
+    with refusing(f"{where}: num_heads={num_heads}, hidden_size={hidden_size}"):
+        halves = BertModel(config.encoder, add_pooling_layer=False), BertLMHeadModel(config.decoder)
     return _with_tokens(EncoderDecoderModel(config, *halves), tokens)
 
 
@@ -79,23 +78,11 @@ def pretrained_encoder_decoder(
 ) -> EncoderDecoderModel:
     """Return an encoder-decoder whose two halves are loaded; the cross-attention between them is new.
 
-    Args:
-        encoder: a folder written by `save_pretrained`, or a name on the Hugging Face hub.
-        pad_token_id, bos_token_id, eos_token_id: the tokens that fill, begin and end an answer.
-        decoder: the same for the decoder; None takes the encoder's.
-
-    Raises:
-        ConfigError: a folder or name cannot be loaded.
+    Each is a folder written by `save_pretrained`, or a name on the Hugging Face hub; the decoder may be the encoder's.
     """
-    names = {"encoder": encoder, "decoder": encoder if decoder is None else decoder}
-    try:
-        model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(names["encoder"], names["decoder"])
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"pretrained_encoder_decoder: cannot load encoder={names['encoder']!r}, decoder={names['decoder']!r}: "
-            f"give a folder written by save_pretrained, or a name on the Hugging Face hub ({reason})"
-        ) from error
+    decoder = encoder if decoder is None else decoder
+    with refusing(f"pretrained_encoder_decoder: cannot load {encoder=}, {decoder=}: {FOLDER_OR_NAME}"):
+        model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder, decoder)
     if "add_pooling_layer" in inspect.signature(type(model.encoder).__init__).parameters:
         model.encoder.pooler = None  # its output is never read
     tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
@@ -126,16 +113,9 @@ def _check_dropout(where: str, dropout: float) -> None:
 
 
 class MLP(nn.Module):
-    """A multi-layer perceptron. GELU, since its second derivative is not zero almost everywhere as that of ReLU is.
+    """A multi-layer perceptron; without `hidden_sizes` a linear model, with `dropout` after each hidden layer.
 
-    Args:
-        num_features: F.
-        hidden_sizes: width of each hidden layer; empty for a linear model.
-        num_labels: C.
-        dropout: after each hidden layer, from 0 to below 1.
-
-    Raises:
-        ConfigError: an argument is out of range.
+    It has GELUs, since their second derivative is not zero almost everywhere as that of ReLU is.
     """
 
     def __init__(
@@ -147,12 +127,10 @@ class MLP(nn.Module):
         _check_dropout("MLP", dropout)
         self.num_features, self.num_labels = num_features, num_labels
         widths = [num_features, *hidden_sizes]
-        hidden = [
-            layer
-            for before, after in pairwise(widths)
-            for layer in (nn.Linear(before, after), nn.GELU(), nn.Dropout(dropout))
-        ]
-        self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], num_labels))
+        self.layers = nn.Sequential()
+        for before, after in pairwise(widths):
+            self.layers.extend([nn.Linear(before, after), nn.GELU(), nn.Dropout(dropout)])
+        self.layers.append(nn.Linear(widths[-1], num_labels))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits [B, C] of inputs [B, F]."""
@@ -160,20 +138,20 @@ class MLP(nn.Module):
 
 
 def check_fits(model: nn.Module, facts: Mapping[str, Any], stage_name: str) -> None:
-    """Raise a ConfigError where a model cannot take the data: vocabulary, length, features or labels.
-
-    Args:
-        model: of one stage.
-        facts: `DataBundle.facts`.
-        stage_name: for the message.
-    """
+    """Raise a ConfigError where a stage's model cannot take the data: vocabulary, length, features or labels."""
     config = getattr(model, "config", None)
     encoder, decoder = getattr(config, "encoder", config), getattr(config, "decoder", config)
-    lengths = ("max_length", "max_target_length")
-    for half, part, length in (("encoder", encoder, lengths[0]), ("decoder", decoder, lengths[1])):
-        half = f"{half} " if encoder is not decoder else ""
-        _check_at_least(stage_name, f"{half}vocabulary", part, "vocab_size", facts, "vocab_size")
-        _check_at_least(stage_name, f"{half}positions", part, "max_position_embeddings", facts, length)
+    for half, part, length in (("encoder ", encoder, "max_length"), ("decoder ", decoder, "max_target_length")):
+        half = half if encoder is not decoder else ""
+        limits = (("vocabulary", "vocab_size", "vocab_size"), ("positions", "max_position_embeddings", length))
+        for what, name, fact in limits:
+            has, needs = getattr(part, name, None), facts.get(fact)
+            if isinstance(has, int) and needs is not None and has < needs:
+                raise ConfigError(
+                    f"stage {stage_name!r}: the model's {half}{what} ({name}={has}) is smaller than the data's "
+                    f"({fact}={needs}); build it with {name}={needs} or more (in a config: ${{facts.{fact}}}), or give "
+                    "the data set this model's tokenizer"
+                )
     for name in ("num_features", "num_labels"):
         has, needs = getattr(model, name, None), facts.get(name)
         if isinstance(has, int) and needs is not None and has != needs:
@@ -181,13 +159,3 @@ def check_fits(model: nn.Module, facts: Mapping[str, Any], stage_name: str) -> N
                 f"stage {stage_name!r}: the model's {name} is {has}, and the data's is {needs}; build it with "
                 f"{name}={needs} (in a config: {name}: ${{facts.{name}}})"
             )
-
-
-def _check_at_least(stage_name: str, what: str, config: Any, name: str, facts: Mapping[str, Any], fact: str) -> None:
-    has, needs = getattr(config, name, None), facts.get(fact)
-    if isinstance(has, int) and needs is not None and has < needs:
-        raise ConfigError(
-            f"stage {stage_name!r}: the model's {what} ({name}={has}) is smaller than the data's ({fact}={needs}); "
-            f"build it with {name}={needs} or more (in a config: ${{facts.{fact}}}), or give the data set this model's "
-            "tokenizer"
-        )

@@ -381,7 +381,7 @@ def test_greedy_continuation_takes_each_prompts_own_place() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown task": ({"task": "seq2sec"}, "no task 'seq2sec' (did you mean 'seq2seq'?)"),
-    "a missing file": ({"test": "tset.jsonl"}, "test: there is no file 'tset.jsonl' (looked for in"),
+    "a missing file": ({"test": "tset.jsonl"}, "test = tset.jsonl: there is no file 'tset.jsonl' (looked for in"),
     "an unknown format": ({"test": __file__}, "files that end in .json, .jsonl, .csv, .tsv, .parquet can be read"),
     "a missing column": ({"target": "anwser"}, "has no column 'anwser' (did you mean 'answer'?); name the one"),
     "a missing source": ({"source": "autor"}, "has no column 'autor' (did you mean 'author'?)"),
