@@ -70,14 +70,18 @@ class Language:
             if form not in FORMATS:
                 raise ConfigError(f"dates: formats: no format {form!r}{did_you_mean(form, FORMATS)}")
         for locale in locales:
-            _check_locale(locale)
+            try:
+                Locale.parse(locale)
+            except (UnknownLocaleError, ValueError, TypeError) as error:
+                raise ConfigError(f"dates: locales: babel has no locale {locale!r}; write 'en_GB' or 'de'") from error
         if not (1000 <= first_year <= last_year <= 9999 and last_year - first_year < MAX_YEARS):
             raise ConfigError(
                 f"dates: first_year={first_year}, last_year={last_year}: give years between 1000 and 9999, the first "
                 f"not after the last, and {MAX_YEARS} at most, since some formats write only the last two digits"
             )
         self.locales, self.formats = tuple(locales), tuple(formats)
-        self.calendar = _days(datetime.date(first_year, 1, 1), datetime.date(last_year, 12, 31))
+        first, end = datetime.date(first_year, 1, 1), datetime.date(last_year, 12, 31)
+        self.calendar = [first + datetime.timedelta(days=n) for n in range((end - first).days + 1)]
 
     def write(self, date: datetime.date, locale: str, form: str) -> Written:
         """Return the date in one locale and format."""
@@ -125,16 +129,3 @@ _SPLITTER = pre_tokenizers.Split(Regex(TOKENS), behavior="removed", invert=True)
 
 def _split(text: str) -> list[str]:
     return [token for token, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
-
-
-def _check_locale(locale: str) -> None:
-    try:
-        Locale.parse(locale)
-    except (UnknownLocaleError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"dates: locales: babel has no locale {locale!r}; write one such as 'en_GB' or 'de'"
-        ) from error
-
-
-def _days(first: datetime.date, last: datetime.date) -> list[datetime.date]:
-    return [first + datetime.timedelta(days=n) for n in range((last - first).days + 1)]

@@ -7,7 +7,6 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts, check_fraction
 from metaopt.data.bundle import DataBundle
 from metaopt.data.rows import streams
-from metaopt.examples.date_text import FORMATS, TARGET_LENGTH, Language, is_telling, iso
+from metaopt.examples.date_text import FORMATS, TARGET_LENGTH, Language, Written, is_telling, iso
 from metaopt.losses.decoding import sequence_answers, sequence_score, shown
 
 CORRUPTIONS = ("sources", "random", "none")
@@ -89,14 +88,8 @@ def dates(
         answers["train"] = [iso(example.date, swap[i]) for i, example in enumerate(written["train"])]
     else:
         answers["train"] = _wrong_answers(right, share, rng)
-
     tokenizer = language.tokenizer()
-    columns: dict[str, Any] = {}
-    for name, examples in written.items():
-        texts = [example.model_input for example in examples]
-        encoded = tokenizer(texts, padding="max_length", max_length=language.max_length, return_tensors="pt")
-        columns[name] = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        columns[name] |= _targets(tokenizer, answers[name]) if name in answers else {}
+    columns = {name: _columns(language, tokenizer, written[name], answers.get(name)) for name in SHARES}
     columns["train"]["source"] = source
     as_written = {
         tuple(ids): str(example)
@@ -163,8 +156,15 @@ def _split(days: Sequence[datetime.date], rng: random.Random, telling: bool) -> 
     return pools
 
 
-def _targets(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Return `labels` [N, 5], with the end token, and `decoder_input_ids` [N, 5], with the begin token."""
-    answers = tokenizer(list(texts))["input_ids"]
-    whole = torch.tensor([[tokenizer.bos_token_id, *answer, tokenizer.eos_token_id] for answer in answers])
-    return {"labels": whole[:, 1:].contiguous(), "decoder_input_ids": whole[:, :-1].contiguous()}
+def _columns(
+    language: Language, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Written], answers: list[str] | None
+) -> dict[str, Tensor]:
+    """Return inputs [N, L], and `labels` [N, 5] with the end token, `decoder_input_ids` [N, 5] with the begin token."""
+    texts = [example.model_input for example in examples]
+    encoded = tokenizer(texts, padding="max_length", max_length=language.max_length, return_tensors="pt")
+    columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    if answers is not None:
+        ids = tokenizer(answers)["input_ids"]
+        whole = torch.tensor([[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in ids])
+        columns |= {"labels": whole[:, 1:].contiguous(), "decoder_input_ids": whole[:, :-1].contiguous()}
+    return columns

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metaopt.core.contracts import InnerLoss, MetaObjective, Trained, Upstream
 from metaopt.core.meta_params import AnyMetaParameters, MetaParameters
 from metaopt.core.view import FunctionalModel
-from metaopt.data.bundle import DataBundle
+from metaopt.data.bundle import STREAMS, DataBundle
 from metaopt.losses.distillation import FromUpstream
 
 VOCABULARY = 32
@@ -36,14 +36,8 @@ def data() -> DataBundle:
         "index": torch.arange(2),
     }
     facts = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_length": 8}
-    return DataBundle(
-        train=[batch],
-        unlabelled=[batch],
-        validation=[batch],
-        selection=[batch],
-        test=[batch],
-        facts={**facts, "max_target_length": 8, "num_examples": 2},
-    )
+    streams: dict[str, Any] = {name: [batch] for name in STREAMS}
+    return DataBundle(**streams, facts={**facts, "max_target_length": 8, "num_examples": 2})
 
 
 def score(logits: Tensor, target: Tensor) -> Tensor:
@@ -71,12 +65,8 @@ class GlobalScale(MetaParameters):
         return (losses.sum() * self.A).sum()
 
 
-class ExampleScale(MetaParameters):
+class ExampleScale(GlobalScale):
     """One entry of A per example: `Σ_i A_i ℓ_i`; the entries of its hypergradient differ."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.rand(2))
 
     def forward(self, losses: Tensor) -> Tensor:
         """Return `Σ_i A_i ℓ_i`, a scalar."""
@@ -89,9 +79,8 @@ class Step1(InnerLoss):
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
     ) -> Tensor:
-        assert isinstance(meta_params, nn.Module)
-        losses = score(model(**inputs(batch)).logits, batch["decoder_input_ids"])
-        return meta_params(losses)
+        scale: Any = meta_params  # one module: GlobalScale or ExampleScale
+        return scale(score(model(**inputs(batch)).logits, batch["decoder_input_ids"]))
 
 
 class Step2(FromUpstream):
@@ -112,11 +101,7 @@ class Step2(FromUpstream):
 
 
 class Step3(MetaObjective):
-    """A's loss: the author's expression on validation data, by the trained M2.
-
-    Args:
-        stage: M2's name.
-    """
+    """A's loss: the author's expression on validation data, by the trained M2, which is called `stage`."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
