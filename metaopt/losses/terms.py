@@ -14,6 +14,7 @@ from metaopt.core.contracts import InnerLoss, Upstream
 from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.logits import model_inputs
+from metaopt.meta_params.tables import select
 
 EMBEDDINGS = "inputs_embeds"
 
