@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import command
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +27,6 @@ from metaopt.models.hugging_face import from_config
 pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-ROOT = Path(__file__).parent.parent.parent
 LABELLED = ("train", "validation", "selection", "test")
 WORDS = ["bdfg", "befg", "ad", "cdf", "bdf", "cd", "ae", "bef", "ce", "adfg", "adf", "cefg", "cef", "cdfg"]
 WORDS += ["aefg", "bd", "be", "aef"]
@@ -446,14 +444,13 @@ def test_the_command_on_files_in_a_foreign_folder(task: str, cut: str, tmp_path:
     Folder(tmp_path)
     write(tmp_path / "validation.csv", rows(WORDS[PARTS["validation"]]))
     write(tmp_path / "more.parquet", [{"word": word} for word in ("bad", "cage", "fad")])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
     streams = ["train=train.jsonl", "validation=validation.csv", "selection=selection.jsonl", "test=test.jsonl"]
     options = [*streams, "unlabelled=more.parquet", f"task={task}", "input=word", "target=answer", "source=author"]
-    line = [sys.executable, "-m", "metaopt", "data=text", *(f"data.{option}" for option in [*options, "max_length=3"])]
+    line = ["data=text", *(f"data.{option}" for option in [*options, "max_length=3", "cache_dir=hf"])]
     line += ["debug=tiny", "trainer.validation_batches=2", "data.validation_batch_size=2", "output.plots=false"]
     line += ["trainer.check_first_step=false", "final.compare=[]", "output.save_models=false"]
     line += ["model=gpt2", "handover=soft_labels"] if task == "causal" else []
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = command(tmp_path, *line)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(cut) == 1
     assert "bob" in done.stdout
