@@ -1,23 +1,17 @@
-"""The reverse sweep equals the unrolled graph, for every store, place and product, on all that an inner loop can do."""
+"""The reverse sweep over several meta-steps, what it holds and for how long, and what it cannot take."""
 
 from __future__ import annotations
 
-import functools
 import gc
-import itertools
-import warnings
 from pathlib import Path
 from typing import Any
 
 import inner_loops
-import library
 import pytest
 import torch
-from inner_loops import LOSSES, OPTIMIZERS, OPTIONS, Work, of_small
-from problems import ADAM, MOMENTUM, distilled_features
+from inner_loops import Work, of_small
 from reference import relative_error
 from small import assert_same, example_weights, one_stage, two_stages
-from small_models import Linear, Network
 from torch import Tensor, nn
 
 import metaopt
@@ -26,88 +20,7 @@ from metaopt.estimators import Captured, Checkpointed, DoubleBackward, FiniteDif
 from metaopt.estimators.products import captured
 
 EXACT = 1e-12
-STORES, PLACES = ("states", "gradients", "recompute"), ("device", "host", "disk")
-KEPT: list[Any] = list(itertools.product(STORES, PLACES))
-EVERYTHING = {**OPTIONS, **LOSSES, **OPTIMIZERS}
-OF_TEXT = ("hidden states", "decoded", "expected embeddings", "probed hidden states")
-SAMPLES = ("Gumbel samples", "straight-through samples")
-
-
-@functools.cache
-def exact(name: str) -> dict[str, Tensor]:
-    return EVERYTHING[name](Unrolled()).hypergradient()
-
-
-def error_of(name: str, estimator: Any) -> float:
-    """Against `Unrolled`, which must itself have found a hypergradient for every meta-parameter."""
-    assert all(float(part.norm()) > 0 for part in exact(name).values())
-    return relative_error(EVERYTHING[name](estimator).hypergradient(), exact(name))
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("store", STORES)
-def test_every_store_and_place_gives_the_exact_hypergradient(store, place):
-    make = of_small(two_stages, optimizer=inner_loops.ADAM, teacher=Network(0.2), student=Linear(), num_steps=6)
-    found = make(Checkpointed(store=store, place=place)).hypergradient()
-    assert relative_error(found, make(Unrolled()).hypergradient()) < EXACT
-
-
-@pytest.mark.parametrize("name", EVERYTHING)
-def test_whatever_an_inner_loop_does_is_swept(name):
-    """Two of the nine pairs of store and place for each, all of them in turn."""
-    if name == "LoRA":
-        pytest.importorskip("peft")
-    turn = 2 * list(EVERYTHING).index(name)
-    for store, place in (KEPT[turn % 9], KEPT[(turn + 1) % 9]):
-        assert error_of(name, Checkpointed(store=store, place=place)) < EXACT
-
-
-def captured_equals_unrolled(name: str, turn: int) -> None:
-    if name == "LoRA":
-        pytest.importorskip("peft")
-    store, place = KEPT[turn % 9]
-    with warnings.catch_warnings():
-        if name in SAMPLES:  # may read model.step, and fall back
-            warnings.simplefilter("ignore", RuntimeWarning)
-        assert error_of(name, Checkpointed(Captured(), store, place)) < EXACT
-
-
-# A product sees the loss alone: what belongs to the update is not captured.
-OF_THE_UPDATE = {name for name in OPTIONS if name.startswith(("clipping", "rate", "decay", "initial", "schedule"))}
-QUICK = [name for name in (*OPTIONS, *LOSSES) if name not in (*OF_TEXT, *OF_THE_UPDATE, "three linear stages")]
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_whatever_a_loss_does_is_captured(name):
-    """One of the nine pairs of store and place for each, all of them in turn."""
-    captured_equals_unrolled(name, QUICK.index(name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in EVERYTHING if name not in QUICK])
-def test_the_rest_is_captured(name):
-    captured_equals_unrolled(name, list(EVERYTHING).index(name))
-
-
-@pytest.mark.parametrize("product", [DoubleBackward, Captured])
-def test_in_bfloat16_the_sweep_is_near(product):
-    """Rounding to 8 bits amplifies any difference in the order of operations."""
-    expected = inner_loops.in_bfloat16(Unrolled()).hypergradient()
-    assert relative_error(inner_loops.in_bfloat16(Checkpointed(product())).hypergradient(), expected) < 1e-3
-
-
-def test_a_temperature_that_falls_with_the_step_is_swept_and_not_frozen_into_a_captured_graph():
-    expected = inner_loops.annealed(Unrolled()).hypergradient()
-    assert relative_error(inner_loops.annealed(Checkpointed()).hypergradient(), expected) < EXACT
-    with pytest.warns(RuntimeWarning, match="model.step") as told:
-        found = inner_loops.annealed(Checkpointed(Captured(), "gradients")).hypergradient()
-    assert relative_error(found, expected) < EXACT
-    assert len(told) == 1
-
-
-@pytest.mark.parametrize("name", ["soft labels", "three linear stages", "clipping by norm", "RMSprop"])
-def test_finite_difference_product_is_near(name):
-    assert error_of(name, Checkpointed(FiniteDifference())) < 1e-4
+STORES = ("states", "gradients", "recompute")
 
 
 # --- several meta-steps
@@ -135,14 +48,6 @@ def test_meta_steps_with_commits_reuse_the_captured_programs(monkeypatch):
         assert relative_error(found[1], found[0]) < 1e-10  # rounding of three trainings in a row
         counts.append(len(captures))
     assert counts[0] == counts[-1] == 4  # teacher and student, each with and without its gradient
-
-
-def test_unlike_estimators_in_one_chain_agree():
-    problem = distilled_features(MOMENTUM, ADAM)
-    exact = library.hypergradient(problem, library.as_chain(problem, estimator=Unrolled()))
-    chain = library.as_chain(problem)
-    chain.stages["teacher"].estimator = Checkpointed(DoubleBackward(), "recompute")
-    assert relative_error(library.hypergradient(problem, chain), exact) < EXACT
 
 
 @pytest.mark.parametrize(

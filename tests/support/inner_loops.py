@@ -17,6 +17,7 @@ from small import MOMENTUM, feature_batches, one_stage, text_batch, two_stages
 from small import example_weights as of_examples
 from small_models import Linear, Network, Recurrent, Tied, TwoNames
 from torch import Tensor, nn
+from users_losses import ASKING, LEAVES, Drawing, of_leaves
 
 import metaopt
 from metaopt.estimators import Estimator
@@ -165,10 +166,23 @@ def through_the_teacher() -> Problem:
     return replace(problems.distilled_text(), objective=metaopt.PipelineLoss("student"))
 
 
-def warm(kind: str, **options: Any) -> Make:
+def asking(loss: Callable[..., Tensor], draws: Any = None) -> Make:
+    """A student of this loss, and a teacher that draws in eval mode if it is given what: five steps on two batches."""
+
+    def made(estimator: Estimator | None) -> Work:
+        torch.manual_seed(2)
+        options: dict[str, Any] = {"teacher": Drawing(draws), "student": Network(0.2), "num_steps": 5}
+        work = of_small(two_stages, optimizer=ADAM, batches=feature_batches(2), **options)(estimator)
+        work.chain.stages["student"].loss = loss
+        return work
+
+    return made
+
+
+def warm(kind: str | type, **options: Any) -> Make:
     """An optimizer with state that earlier steps have left."""
-    steps = 5 if kind == "RAdam" else 3
-    factory = functools.partial(getattr(torch.optim, kind), **options)
+    steps = 5 if kind == "RAdam" or not isinstance(kind, str) else 3
+    factory = functools.partial(getattr(torch.optim, kind) if isinstance(kind, str) else kind, **options)
     return of_problem(lambda: problems.small_network(factory, warm=True).with_stage("only", num_steps=steps))
 
 
@@ -184,6 +198,8 @@ OPTIMIZERS: dict[str, Make] = {
     "Adadelta": warm("Adadelta", lr=0.7, rho=0.5, eps=1e-2, weight_decay=0.2),
     "RMSprop": warm("RMSprop", lr=0.01, centered=True, momentum=0.9, weight_decay=0.2, eps=1e-2),
     "ASGD": warm("ASGD", lr=0.1, lambd=0.1, alpha=0.5, t0=1, weight_decay=0.2),
+    "Muon": warm(metaopt.Muon, lr=0.03, adamw_eps=1e-3),
+    "Adafactor": warm(metaopt.Adafactor, lr=0.03, relative_step=False, beta1=0.7),
 }
 
 SCHEDULE = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.7)
@@ -240,6 +256,11 @@ LOSSES: dict[str, Make] = {
         features, {"teacher": metaopt.SoftTargetLoss()}, lambda: metaopt.SoftTargets(9, 3, sparse=True)
     ),
     "terms": of_problem(features, {"teacher": metaopt.SumOfLosses(TERMS)}, lambda: metaopt.TermWeights(list(TERMS))),
+}
+
+OF_USERS: dict[str, Make] = {
+    **{name: asking(loss, draws) for name, (loss, draws, _) in ASKING.items()},
+    **{name: of_problem(functools.partial(of_leaves, loss)) for name, loss in LEAVES.items()},
 }
 
 
