@@ -76,6 +76,7 @@ def metaopt_from(site: Path, *arguments: str, cwd: Path) -> str:
     return call(*script, *arguments, cwd=cwd, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_from_a_foreign_folder(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "my_objective.py").write_text(OBJECTIVE)
     (tmp_path / "mine.yaml").write_text(
@@ -87,6 +88,7 @@ def test_the_wheel_runs_from_a_foreign_folder(installed: Path, tmp_path: Path) -
     assert "lr: 0.5" in shown
 
 
+@pytest.mark.slow
 def test_parts_of_one_s_own_run_from_a_foreign_folder(installed: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "your_own.md").read_text()
     code = re.search(r"```python\n(# mine\.py\n.*?)```", page, re.DOTALL)

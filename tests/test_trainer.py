@@ -24,7 +24,6 @@ from torch import Tensor
 from trainers import META, learned, trainer
 
 import metaopt
-from metaopt.trainer import Selection
 
 # --- a meta-step
 
@@ -123,12 +122,6 @@ def test_carry_says_when_a_stage_starts_anew(carry, restarts):
     assert chain.stages["student"].state_dict()["random"]["steps"] == 12
 
 
-@pytest.mark.parametrize("value", ["sometimes", 0, -1, 1.5, True, None])
-def test_a_carry_that_is_none_is_refused(value):
-    with pytest.raises(metaopt.ConfigError, match=r"carry: .* of stage 'student' must be always, never, or"):
-        trainer(carry={"student": value})
-
-
 # --- what stops it before A moves
 
 
@@ -171,47 +164,6 @@ def test_a_nan_meta_loss_stops_a_run_that_learns_nothing_too():
     run = trainer(meta_params=metaopt.Uniform(), meta_optimizer=None, objective=nan_objective)
     with pytest.raises(metaopt.NonFiniteError, match="the meta-loss is nan"):
         run.fit(1)
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no meta-optimizer": (lambda: trainer(meta_optimizer=None), "no meta_optimizer to move them"),
-    "another's meta-optimizer": (
-        lambda: trainer(meta_optimizer=META(example_weights().parameters())),
-        "does not hold the meta-parameter 'logits'",
-    ),
-    "an unknown stage to carry": (lambda: trainer(carry={"studnet": "never"}), "did you mean 'student'"),
-    "an unknown stage in the objective": (
-        lambda: trainer(objective=metaopt.ValidationLoss("studnet")),
-        "ValidationLoss reads stage 'studnet'.*did you mean 'student'",
-    ),
-    "an unknown stage to select": (
-        lambda: trainer(selection=Selection(feature_batches(), "studnet")),
-        "selection: no stage 'studnet' .did you mean 'student'",
-    ),
-    "no selection batches": (lambda: Selection([], "student"), "not a single batch"),
-    "never a look": (
-        lambda: Selection(feature_batches(), "student", every=0),
-        "every=0 must be a whole number",
-    ),
-    "no patience": (
-        lambda: Selection(feature_batches(), "student", patience=0),
-        "patience=0 must be a whole number",
-    ),
-    "a one-shot validation stream": (lambda: trainer(validation=iter(feature_batches())), "can be read only once"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_run_is_refused_before_any_training(case):
-    make, message = REFUSED[case]
-    with pytest.raises(metaopt.ConfigError, match=message):
-        make()
-
-
-def test_an_unknown_metric_is_refused_with_the_metrics_there_are():
-    selection = Selection(feature_batches(), "student", lambda model, batches: {"accuracy": 0.5}, "acuracy", every=1)
-    with pytest.raises(metaopt.ConfigError, match=r"no metric 'acuracy' \(did you mean 'accuracy'"):
-        trainer(selection=selection).fit(1)
 
 
 def test_a_hypergradient_that_is_not_finite_is_traced_to_its_step_and_line() -> None:

@@ -57,7 +57,17 @@ def test_the_experiments_are_found() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:stage 'student' read decoder_inputs_embeds")  # the thread's own objective
-@pytest.mark.parametrize("overrides", [(), *((f"experiment={name}",) for name in EXPERIMENTS)], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        *(
+            pytest.param((f"experiment={name}",), marks=[pytest.mark.slow] if "forum" in name else [])
+            for name in EXPERIMENTS
+        ),
+    ],
+    ids=str,
+)
 def test_every_experiment_runs_for_two_meta_steps(overrides: Sequence[str], tmp_path: Path) -> None:
     run(tmp_path, *overrides, "debug=tiny")
     assert [record["meta_step"] for record in records(tmp_path)] == [1, 2]

@@ -89,6 +89,7 @@ def test_the_number_of_config_files() -> None:
     assert len(FILES) == sum(groups.values()) + len(PARTS) + 6  # config, check, fidelity, the three help texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", GROUP_FILES, ids=str)
 def test_every_option_composes(path: Path) -> None:
     group, option = path.parts[0], path.stem

@@ -64,6 +64,7 @@ def test_options_run_on_digits(options, tmp_path):
 HANDOVERS = ("generated", "expected_embeddings", "gumbel_samples", "hidden_states")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [*([f"handover={name}"] for name in HANDOVERS), ["meta_params=token_weights"]], ids=str
 )

@@ -109,11 +109,6 @@ def test_a_loss_that_reads_a_stage_that_is_not_there_says_which_are():
         chain.unroll(example_weights())
 
 
-def test_inference_mode_is_refused():
-    with torch.inference_mode(), pytest.raises(metaopt.StageError, match=r"use torch\.no_grad\(\)"):
-        two_stages().unroll(example_weights())
-
-
 def test_training_inside_autocast_follows_the_weights():
     """Autocast caches the low-precision copy of a leaf; it must not outlive an optimizer step."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from small import example_weights, feature_batches, meta_loss, one_stage
 from small_models import CLASSES, FEATURES, Linear, Network
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
+from torch.nn.utils.prune import l1_unstructured
 
 import metaopt
 from metaopt.core.view import _PlainWeightNorm
@@ -143,34 +143,6 @@ def test_batches_made_in_inference_mode_serve(estimator):
     assert torch.equal(found, expected)
 
 
-def test_a_model_made_in_inference_mode_is_refused_and_its_copy_is_not():
-    model = made_in_inference_mode(lambda: Network(batch_norm=True))
-    with pytest.raises(metaopt.StageError, match=r"Stage: 'first\.weight' was made under .*copy\.deepcopy\(module\)"):
-        one_stage(model=model)
-    chain = one_stage(model=copy.deepcopy(model))
-    chain.commit(chain.unroll(example_weights()))
-
-
-@pytest.mark.parametrize("run", ["unroll", "train"])
-def test_meta_parameters_made_in_inference_mode_are_refused(run):
-    weights = made_in_inference_mode(example_weights)
-    with pytest.raises(metaopt.StageError, match=r"meta-parameters 'w': 'logits' was made under"):
-        getattr(one_stage(metaopt.WeightedLoss("w")), run)({"w": weights})
-
-
-@ESTIMATORS
-def test_an_inference_tensor_in_a_loss_is_refused(estimator):
-    teacher = Network()
-
-    def reads(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
-        with torch.inference_mode():
-            target = teacher(batch["inputs"])
-        return (meta_params(batch)[:, None] * model(batch["inputs"]) * target).mean()
-
-    with pytest.raises(metaopt.StageError, match=r"the loss of stage 'only' reads .*torch\.no_grad\(\) instead"):
-        one_stage(reads, estimator=estimator).unroll(example_weights())
-
-
 # --- buffers that a forward moves
 
 
@@ -236,3 +208,35 @@ def test_an_average_in_the_graph_has_its_part_of_the_hypergradient():
         one_stage(model=Centred), metaopt.ValidationLoss("only"), VALIDATION, example_weights(), tolerance=1e-6
     )
     assert check.ok, str(check)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a frozen parameter": (lambda layer: layer.weight.requires_grad_(False), "was frozen after"),
+    "a backward hook": (lambda layer: layer.register_full_backward_hook(lambda *_: None), "backward hook"),
+    "a gradient hook": (lambda layer: layer.weight.register_hook(lambda gradient: gradient), "gradient hook"),
+    "compiled in place": (lambda layer: layer.compile(backend="eager"), "compiled in place"),
+    "pruned": (lambda layer: l1_unstructured(layer, "weight", amount=0.3), "prune"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_usable_is_refused_once_it_has_changed(name):
+    change, message = CHANGES[name]
+    model, weights = Linear(), example_weights()
+    chain = one_stage(model=model)
+    for _ in range(2):
+        chain.unroll(weights)
+    change(model.linear)
+    with pytest.raises(metaopt.StageError, match=message):
+        chain.unroll(weights)
+
+
+def test_other_meta_parameters_and_slots_are_looked_at_anew():
+    chain = one_stage()
+    chain.unroll(example_weights())
+    with pytest.raises(metaopt.ConfigError, match=r"is the parameter 'only\.linear\.weight'"):
+        chain.unroll(chain.stages["only"].model)
+    chain.stages["only"].estimator = metaopt.ConjugateGradient(3)
+    chain.stages["only"].transform = metaopt.ClipNorm(1.0)
+    with pytest.raises(metaopt.StageError, match="ConjugateGradient"):
+        chain.unroll(example_weights())

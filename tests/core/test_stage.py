@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,53 +25,6 @@ from small_models import FEATURES, Linear, Network
 from torch import Tensor
 
 import metaopt
-
-# --- refused arguments
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no steps": ({"num_steps": 0}, r"num_steps=0 must be a whole number of at least 1"),
-    "a fraction of steps": ({"num_steps": 2.5}, r"num_steps=2\.5"),
-    "no batches per step": ({"accumulate": 0}, r"accumulate=0"),
-    "a loss that is a tensor": ({"loss": torch.ones(())}, r"the loss is a Tensor; give a function of"),
-    "an optimizer by name": ({"optimizer": "adam"}, r"optimizer is a str; give functools\.partial\(torch\.optim\.Adam"),
-    "an optimizer that is not proven": (
-        {"optimizer": functools.partial(torch.optim.Rprop, lr=0.1)},
-        r"Rprop cannot train a stage",
-    ),
-    "a factory of something else": ({"optimizer": lambda params: 3}, r"optimizer is a int; give a torch\.optim"),
-    "another model's optimizer": ({"optimizer": SGD(Linear().parameters())}, r"SGD holds a parameter that the stage's"),
-    "a model factory of something else": ({"model": lambda: 3}, r"model factory returned a int"),
-    "a frozen model": ({"model": Linear().requires_grad_(False)}, r"every parameter of the model is frozen"),
-    "a negative seed": ({"seed": -1}, r"seed=-1 must not be negative"),
-    "a one-shot iterator": (
-        {"batches": iter(feature_batches())},
-        r"list_iterator can be read only once",
-    ),
-    "a generator": ({"batches": (b for b in feature_batches())}, r"generator can be read only once"),
-    "one batch": ({"batches": feature_batches()[0]}, r"a dict is no series of batches; give a list"),
-    "a number for batches": ({"batches": 3}, r"a int is no series of batches"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_arguments_that_cannot_be_used_are_refused(case):
-    options, message = WRONG[case]
-    with pytest.raises(metaopt.ConfigError, match=message):
-        one_stage(**options)
-
-
-def test_an_optimizer_with_hooks_is_refused():
-    model = Linear()
-    optimizer = SGD(model.parameters())
-    optimizer.register_step_pre_hook(lambda *args: None)
-    with pytest.raises(metaopt.StageError, match=r"1 step hook\(s\).*transform="):
-        one_stage(model=model, optimizer=optimizer)
-
-
-def test_an_empty_stream_is_refused():
-    with pytest.raises(metaopt.ConfigError, match="not a single batch"):
-        one_stage(batches=[]).unroll(example_weights())
-
 
 # --- model and optimizer
 

@@ -271,11 +271,6 @@ def test_autocast_ends_with_the_inner_loss():
     assert {p.dtype for p in trained["only"].params.values()} == {torch.float32}
 
 
-def test_half_precision_that_needs_a_loss_scale_is_refused():
-    with pytest.raises(metaopt.ConfigError, match="must be 'bfloat16' or None"):
-        Recipe(MOMENTUM, autocast="float16").chain()
-
-
 # --- by config
 
 DIGITS = ["experiment=digits", "debug=tiny"]
