@@ -206,14 +206,23 @@ def test_refusals_while_building(overrides: Sequence[str], message: str, tmp_pat
     assert records(tmp_path) == []
 
 
+FEW = [f"data.num_{stream}=64" for stream in ("train", "unlabelled", "validation", "selection", "test")]
+    "data.num_train=64",
+    "data.num_unlabelled=64",
+    "data.num_validation=32",
+    "data.num_selection=32",
+    "data.num_test=32",
+)
+
+
 def test_a_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stage 'teacher': .*vocab_size=30\) is smaller than the data's"):
-        run(tmp_path, "debug=tiny", "model.vocab_size=30")
+        run(tmp_path, *FEW, "debug=tiny", "model.vocab_size=30")
 
 
 def test_a_pretrained_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stages\.teacher\.model: .*cannot load encoder='nowhere'"):
-        run(tmp_path, "debug=tiny", "model=pretrained_bert2bert", "model.encoder=nowhere")
+        run(tmp_path, *FEW, "debug=tiny", "model=pretrained_bert2bert", "model.encoder=nowhere")
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,7 @@ from closed_forms import LinearTraining, closed_form
 from differences import central_difference, difference_error, train_plainly
 from problems import (
     closed_hypergradient,
-    distilled_features,
-    distilled_text,
-    fed_with_hidden_states,
     linear_stages,
-    probed_text,
     small_network,
 )
 from reference import hypergradient, relative_error, unroll
@@ -67,12 +63,6 @@ def test_hand_written_formulas_are_those_of_torch(kind, options, warm):
     for name, value in plain.params.items():
         torch.testing.assert_close(by_hand.params[name], value, rtol=1e-13, atol=1e-14)
     assert difference_error(hypergradient(problem), problem, coordinates=[("values", 1)]) < 1e-8
-
-
-@pytest.mark.parametrize("make", [distilled_features, distilled_text, fed_with_hidden_states, probed_text])
-def test_hand_unroll_of_unlike_stages_agrees_with_central_differences(make):
-    problem = make()
-    assert difference_error(hypergradient(problem), problem) < 1e-8
 
 
 def test_central_difference_says_how_good_it_is():

@@ -53,6 +53,7 @@ def test_half_of_the_training_pairs_are_wrong_and_no_number_is_in_two_streams():
         number_words(num_test=251)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handover", ["hidden_states", "decoded"])
 def test_the_experiment_runs_with_both_hand_overs(handover, tmp_path, capsys):
     train(composed(*TINY, f"handover={handover}", "data.num_train=40", "data.batch_size=20"), str(tmp_path))

@@ -101,6 +101,17 @@ def test_the_stages_that_a_hand_over_reads_must_come_before():
         metaopt.Chain(student=student)
 
 
+def test_more_batches_than_are_answered_in_one_go_are_all_answered():
+    batches = [text_batch(seed) for seed in range(18)]
+    teacher = trained_model(bert2bert(), batches[0])
+    handover = Decoded(batches, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=3)
+    written = handover.write({"teacher": teacher}, batches)
+    assert len(written) == 18
+    for batch, answered in zip(batches[14:], written[14:], strict=True):
+        (alone,) = handover.write({"teacher": teacher}, [batch])
+        assert_same(answered, alone)
+
+
 def test_a_hand_over_must_write_a_batch_for_each():
     class Short(metaopt.HandOver):
         def write(self, upstream: Any, batches: Sequence[Any]) -> Sequence[Any]:

@@ -47,7 +47,13 @@ class OfTheEncoder(metaopt.FromUpstream):
 LOSSES = {"hidden states": metaopt.HiddenStates, "expected": metaopt.ExpectedEmbeddings, "own": OfTheEncoder}
 
 
-@pytest.mark.parametrize("estimator", [metaopt.Unrolled(), metaopt.Checkpointed()], ids=["unrolled", "checkpointed"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        pytest.param(metaopt.Unrolled(), id="unrolled"),
+        pytest.param(metaopt.Checkpointed(), id="checkpointed", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_its_hypergradient_is_that_of_the_whole_pipeline(loss, estimator):
     problem = replace(distilled_text(MOMENTUM, ADAM), objective=STUDENT)

@@ -94,7 +94,11 @@ def test_gumbel_samples_are_what_they_say(hard):
 
 
 @pytest.mark.parametrize(
-    "loss", [metaopt.ExpectedEmbeddings(), metaopt.GumbelSamples(temperature=0.7, straight_through=False)]
+    "loss",
+    [
+        metaopt.ExpectedEmbeddings(),
+        pytest.param(metaopt.GumbelSamples(temperature=0.7, straight_through=False), marks=pytest.mark.slow),
+    ],
 )
 def test_central_differences_agree(loss):
     problem = distilled_text(MOMENTUM, ADAM)

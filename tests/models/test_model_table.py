@@ -56,7 +56,10 @@ def check_row(name: str) -> None:
     assert f"| {name} | {row.model} | {row.parameters:,} |" in README
 
 
-@pytest.mark.parametrize("name", TINY)
+QUICK = ("BERT2BERT", "GPT-2", "BERT, LoRA", "ViT")  # one of each way to be called
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in TINY])
 def test_the_table(name: str) -> None:
     build(name)
     check_row(name)

@@ -68,7 +68,9 @@ def weights(trained: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in trained["only"].params.items()}
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    "where", ["first", "every", *(pytest.param(w, marks=pytest.mark.slow) for w in ("middle", "last"))]
+)
 @pytest.mark.parametrize("kind", SUPPORTED, ids=lambda kind: kind.__name__)
 def test_rate_zero(kind, where):
     problem = problem_of(kind, WHERE[where], linear=False)

@@ -116,6 +116,16 @@ class Counting(Plain):
         param.sub_(gradient.tanh(), alpha=group["lr"] / sum(group["sum"])).lerp_(start, 0.1 / group["count"])
 
 
+class Operations(Plain):
+    """Hands its rate to torch's own operations, in and out of place."""
+
+    def move(self, group, param, gradient, state):
+        rate, slope = group["lr"], gradient.tanh()
+        step = torch.rsub(slope, rate, alpha=2).add(slope, alpha=rate).true_divide(1 + rate)
+        step.lerp_(slope, rate).addcdiv_(slope, 1 + slope.square(), value=rate).pow_(1 + rate - rate)
+        param.sub_(step, alpha=rate)
+
+
 class CountingItself(Plain):
     """The count is an attribute, which every copy would have of its own."""
 
@@ -211,6 +221,7 @@ GOOD = {
     "rows": (Rows, {}),
     "in place": (Decayed, {"elementwise": True, "learnable": ("lr",)}),
     "group": (Counting, {"learnable": ("lr",)}),
+    "operations": (Operations, {"learnable": ("lr",), "elementwise": True}),
 }
 
 
