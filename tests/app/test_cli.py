@@ -207,12 +207,6 @@ def test_refusals_while_building(overrides: Sequence[str], message: str, tmp_pat
 
 
 FEW = [f"data.num_{stream}=64" for stream in ("train", "unlabelled", "validation", "selection", "test")]
-    "data.num_train=64",
-    "data.num_unlabelled=64",
-    "data.num_validation=32",
-    "data.num_selection=32",
-    "data.num_test=32",
-)
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
