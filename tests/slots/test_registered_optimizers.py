@@ -122,7 +122,7 @@ class Operations(Plain):
     def move(self, group, param, gradient, state):
         rate, slope = group["lr"], gradient.tanh()
         step = torch.rsub(slope, rate).add(slope, alpha=rate).true_divide(1 + rate)
-        step.lerp_(slope, rate).addcdiv_(slope, 1 + slope.square(), value=rate).pow_(1 + rate - rate)
+        step.lerp_(slope, rate).addcdiv_(slope, 1 + slope.square(), value=rate)
         param.sub_(step, alpha=rate)
 
 
