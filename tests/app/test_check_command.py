@@ -166,6 +166,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) ->
     return left.value.code
 
 
+@pytest.mark.slow
 def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(WRONG)  # where a _target_ is looked for, too
     assert exit_code(monkeypatch, tmp_path, *QUICK) == 0

@@ -222,7 +222,11 @@ def test_a_pretrained_model_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (["stages.student.num_steps=0", "trainer.meta_steps=x"], ["2 problems", "at least 1", "a whole number"]),
+        pytest.param(  # in a process of its own
+            ["stages.student.num_steps=0", "trainer.meta_steps=x"],
+            ["2 problems", "at least 1", "a whole number"],
+            marks=pytest.mark.slow,
+        ),
         (["optimiser=sgd"], ["did you mean 'optimizer'?"]),
         (["optimizer=sgdd"], ["Could not find 'optimizer/sgdd'", "adamw"]),
         (["trainer.meta_step=3"], ["did you mean 'meta_steps'?"]),
