@@ -14,6 +14,7 @@ from small import (
     cross_entropy,
     example_weights,
     feature_batches,
+    meta_loss,
     module_state,
     one_stage,
     plain_copy,
@@ -124,3 +125,14 @@ def test_nothing_of_an_unroll_outlives_it():
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o).__name__.startswith("Functional_")]
     assert_same(tensors_of(chain.unroll(example_weights())), tensors_of(chain.unroll(example_weights())))
+
+
+@pytest.mark.parametrize("estimator", [metaopt.Unrolled(), metaopt.Checkpointed()], ids=["unrolled", "checkpointed"])
+def test_a_frozen_parameter_that_the_user_moves_later_changes_nothing_of_an_unroll(estimator):
+    model, weights = Network(), example_weights()
+    model.first.requires_grad_(False)
+    chain = one_stage(model=model, estimator=estimator)
+    loss, expected = meta_loss(chain, weights), metaopt.hypergradient(meta_loss(chain, weights), weights)
+    with torch.no_grad():
+        model.first.weight.add_(1.0)
+    assert_same(metaopt.hypergradient(loss, weights), expected)
