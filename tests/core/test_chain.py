@@ -244,3 +244,18 @@ def test_reset_goes_back_while_streams_and_random_state_move_on():
     chain.reset()
     again = chain.unroll(example_weights())
     assert not torch.equal(again.losses["teacher"], first.losses["teacher"])  # other batches, other masks
+
+
+def test_the_step_that_a_loss_reads_goes_on_after_a_commit_and_begins_again_after_a_reset():
+    seen: list[int] = []
+
+    def noting(model: Any, batch: Any, meta_params: Any, upstream: Any) -> Tensor:
+        seen.append(model.step)
+        return cross_entropy(model, batch, meta_params, upstream)
+
+    chain = one_stage(noting, num_steps=2)
+    for _ in range(2):
+        chain.commit(chain.unroll(example_weights()))
+    chain.reset()
+    chain.unroll(example_weights())
+    assert seen == [0, 1, 2, 3, 0, 1]
