@@ -129,6 +129,21 @@ def train_mode_teacher(estimator: Estimator | None) -> Work:
     return work
 
 
+class Counting(Network):
+    """Its answers grow with the calls in train mode, which it counts in a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.calls.add_(1.0)
+        return super().forward(inputs) * (1 + 0.3 * self.calls)
+
+
 def partly_frozen() -> nn.Module:
     """A network whose first layer is not trained."""
     model = Network(0.2)
@@ -224,6 +239,7 @@ OPTIONS: dict[str, Make] = {
     "initial weights of the teacher": of_problem(from_the_teacher),
     "tied weights": of_small(two_stages, optimizer=ADAM, teacher=Tied(), student=TwoNames()),
     "LSTM": of_small(one_stage, model=Recurrent, optimizer=ADAM),
+    "a buffer that is read": of_small(one_stage, model=Counting, optimizer=ADAM, num_steps=6),
     "frozen parameters": of_small(two_stages, optimizer=ADAM, teacher=partly_frozen(), student=Linear()),
     "LoRA": of_problem(adapted),
     "three stages": of_problem(three_networks),
