@@ -146,7 +146,8 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         seen = labels[labels != IGNORED]
         raise StageError(
             f"labels run from {int(seen.min())} to {int(seen.max())}, and the model's logits tell {logits.shape[-1]} "
-            "classes apart; number the labels from 0, or build the model with more classes"
+            f"classes apart, 0 to {logits.shape[-1] - 1} ({IGNORED} marks positions that do not count); number the "
+            "labels from 0, or build the model with more classes"
         ) from error
     return losses.view(labels.shape), labels != IGNORED
 

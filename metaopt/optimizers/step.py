@@ -112,7 +112,7 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "mul": operator.mul,
     "div": operator.truediv,
     "pow": operator.pow,
-    "rsub": lambda x, y: y - x,
+    "rsub": lambda x, y, alpha=1.0: y - alpha * x,
     "rdiv": lambda x, y: y / x,
     "rpow": lambda x, y: y**x,
     "neg": operator.neg,
