@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test looks for anything on a hub
@@ -17,6 +18,19 @@ assert metaopt.Muon
 assert metaopt.Adafactor  # each enters the table of supported optimizers when it is imported, as a plug-in would
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a table marked `sampled(n)` the quick run takes the first of every n cases; `make test-all` takes all."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if marker is not None:
+            table = item.nodeid.split("[")[0]
+            if seen[table] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[table] += 1
 
 
 @pytest.fixture(autouse=True)

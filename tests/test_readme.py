@@ -70,6 +70,7 @@ def test_the_code_example_runs_on_an_encoder_decoder_and_moves_every_weight(name
     assert len((tmp_path / "runs" / "mine" / "metrics.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:`lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("page", [page for page in DOCS if "```python" in page.read_text()], ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs_behind_the_example(page, namespace) -> None:
@@ -131,6 +132,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     sys.modules.pop("mine", None)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.usefixtures("_own_folder")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:stage 'student' read decoder_inputs_embeds")  # the thread's own objective

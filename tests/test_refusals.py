@@ -159,6 +159,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own imports
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("run", ["unroll", "train"])

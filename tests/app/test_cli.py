@@ -56,6 +56,7 @@ def test_the_experiments_are_found() -> None:
     assert "digits" in EXPERIMENTS
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:stage 'student' read decoder_inputs_embeds")  # the thread's own objective
 @pytest.mark.parametrize(
     "overrides",

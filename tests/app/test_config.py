@@ -344,6 +344,7 @@ BAD = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("overrides", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )

@@ -41,6 +41,7 @@ def names(result: FidelityResult) -> list[str]:
     return [row.name for row in result.rows]
 
 
+@pytest.mark.slow
 def test_what_a_comparison_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A captured product takes seconds to trace; it is compared in diagnostics/test_fidelity.py.
     result = compared(tmp_path, *SMALL, "fidelity.num_runs=1", "limits.num_steps=2", "~fidelity.estimators.captured")
@@ -94,6 +95,7 @@ def test_points_lie_apart_by_meta_steps(tmp_path: Path, monkeypatch: pytest.Monk
     assert "at 3 points of the training" in result.title
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -32,6 +32,7 @@ class Mine(metaopt.Logger):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_has_scalars_weights_and_plots(tmp_path: Path) -> None:
     run(tmp_path, *DIGITS, "trainer.check_first_step=false", "final=none", "logger=tensorboard")

@@ -53,6 +53,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
 def test_options_run_on_digits(options, tmp_path):
     run(tmp_path, *DIGITS, *options)

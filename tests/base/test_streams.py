@@ -79,6 +79,7 @@ def test_looking_ahead_moves_nothing_and_keeps_what_was_seen(make):
     assert taken(stream, 7) == expected[2:]
 
 
+@pytest.mark.sampled(3)
 def test_a_stream_resumes_anywhere_bitwise(make):
     """In the middle of an epoch, at its end, and with batches looked at that were not passed."""
     expected = taken(BatchStream(make(), seed=1), 14)

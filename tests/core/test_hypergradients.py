@@ -57,6 +57,7 @@ def test_chains_of_ridge_stages_equal_the_closed_form(num_stages, momentum):
 # --- unlike models, and the library's own losses
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("make", [distilled_features, distilled_text, fed_with_hidden_states, probed_text])
 def test_two_stages_of_unlike_models(make):
     problem = make()

@@ -128,6 +128,7 @@ def test_the_loss_gets_what_the_user_gave() -> None:
     assert all(one is weights for one in got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["a tensor", pytest.param("beside a module", marks=pytest.mark.slow)])
 def test_check_explain_and_compare_take_them(given: str) -> None:
     make, weights = GIVEN[given]

@@ -439,6 +439,7 @@ def test_streams_that_overlap_are_refused(folder: Folder) -> None:
 # --- the command ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("task", "cut"), [("seq2seq", "2 of 8 train inputs (longest: 4)"), ("causal", "8 of 8 train")])
 def test_the_command_on_files_in_a_foreign_folder(task: str, cut: str, tmp_path: Path) -> None:
     Folder(tmp_path)

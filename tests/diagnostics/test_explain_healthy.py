@@ -60,6 +60,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options[-2:]))
 def test_shipped_configs(options):
     with initialize_config_module("metaopt.conf", version_base="1.3"):

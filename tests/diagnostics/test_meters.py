@@ -29,6 +29,7 @@ def products(num_steps: int, requires_grad: bool) -> Callable[[], Tensor]:
     return run
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_a_graph_holds_every_activation_and_a_plain_chain_two(num_steps):
     assert peak_bytes(products(num_steps, True)) == num_steps * MATRIX

@@ -65,6 +65,7 @@ def error_of(name: str, estimator: Any) -> float:
 # --- exact
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_whatever_an_inner_loop_does_is_swept(name):
     for store, place in pairs_of(name):
@@ -137,6 +138,7 @@ SHORTENED: dict[str, Callable[[Any], metaopt.Estimator]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", SHORTENED)
 def test_products_of_what_is_not_exact_agree(kind):
     """Dropout, Adam, batch norm where no linear system is solved: each step's own random state and batch."""

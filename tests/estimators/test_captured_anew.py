@@ -102,6 +102,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_between_two_unrolls_is_honoured(name):
     found_by = {}

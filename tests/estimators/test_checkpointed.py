@@ -115,6 +115,7 @@ def test_backward_frees_each_step_as_it_goes(retain_graph):
     assert (freed > 20 * BYTES) is not retain_graph
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("product", "store"),
     [(DoubleBackward, "states"), (DoubleBackward, "recompute"), (Captured, "gradients"), (FiniteDifference, "states")],

@@ -110,6 +110,7 @@ def growth(estimator: Callable[[], Estimator], optimizer: Any) -> tuple[float, f
     return root, linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "state"),
     [pytest.param(SGD, 1, id="sgd"), pytest.param(ADAM, 3, id="adam", marks=pytest.mark.slow)],
@@ -137,6 +138,7 @@ def test_truncated_holds_no_more_for_a_longer_stage():
     assert many - few < 0.01 * WEIGHTS
 
 
+@pytest.mark.slow
 def test_unrolled_grows_by_a_step_per_step():
     """What `Checkpointed` is for: here a step's graph is several times its weights."""
     assert growth(Unrolled, ADAM)[1] > 4

@@ -60,6 +60,7 @@ def convex(optimizer: str = "sgd", **changes: Any) -> Pair:
 # --- Neumann
 
 
+@pytest.mark.sampled(3)
 @optimizers
 @pytest.mark.parametrize("terms", [1, 2, 7])
 @pytest.mark.parametrize("product", [DoubleBackward, Captured])
@@ -104,6 +105,7 @@ def implicit(damping: float = 0.0) -> Derivative:
     return derivative
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_many_terms_at_a_converged_quadratic_are_the_implicit_gradient(momentum):
     """And both are the exact one, which has forgotten where it started."""
@@ -235,6 +237,7 @@ def test_a_second_backward_needs_retain_graph(kind):
         metaopt.hypergradient(loss, phi)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_that_of_one_step_and_goes_with_the_graph(kind):
     phi, peaks = example_weights(), []

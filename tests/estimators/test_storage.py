@@ -64,6 +64,7 @@ def beside() -> int:
     return peak_bytes(lambda: run(Checkpointed(store="states"), 2)) - of_two_steps
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("store", "place"), PREDICTED)
 def test_predictions_are_what_is_held(store, place, beside, tmp_path):
     """Never more; less by a few states: a segment shares its first with the kept ones, and the meter sees no file."""

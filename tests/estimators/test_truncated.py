@@ -39,6 +39,7 @@ def test_the_matrices_are_those_of_the_chain(optimizer):
 # --- Truncated
 
 
+@pytest.mark.sampled(3)
 @optimizers
 @pytest.mark.parametrize("last", [1, 2, 4])
 def test_truncated_is_the_sum_over_the_last_steps(optimizer, last):

@@ -102,6 +102,7 @@ def test_the_vocabulary_does_not_depend_on_seed_size_or_years() -> None:
 # --- streams ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("corruption", ["sources", "random", "none"])
 def test_no_date_is_in_two_streams(corruption: str) -> None:
     locales = ("en_US", "fr")
@@ -216,6 +217,7 @@ def test_a_swap_matters_wherever_models_are_scored() -> None:
         assert not all(map(is_telling, days))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("noise", [0.0, 0.25, 1.0])
 def test_random_corruption_makes_exactly_the_asked_fraction_wrong(noise: float) -> None:
     data = dates("random", noise=noise, **SMALL)

@@ -47,6 +47,7 @@ class OfTheEncoder(metaopt.FromUpstream):
 LOSSES = {"hidden states": metaopt.HiddenStates, "expected": metaopt.ExpectedEmbeddings, "own": OfTheEncoder}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "estimator",
     [

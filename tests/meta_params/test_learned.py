@@ -84,6 +84,7 @@ def test_the_table_covers_every_supported_optimizer():
     assert set(OPTIONS) == set(KINDS)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("float64_counters")
 @pytest.mark.parametrize("case", CASES)
 def test_every_hyperparameter_that_can_be_learned(case):

@@ -128,6 +128,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_hypergradients_are_those_of_the_loss_by_hand(name):
     case = CASES[name]

@@ -59,6 +59,7 @@ def check_row(name: str) -> None:
 QUICK = ("BERT2BERT", "GPT-2", "BERT, LoRA", "ViT")  # one of each way to be called
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in TINY])
 def test_the_table(name: str) -> None:
     build(name)

@@ -58,6 +58,7 @@ def test_the_table_covers_every_supported_optimizer_and_documented_option():
         assert not untried - {"fused", "decoupled_weight_decay", "foreach"}, (kind, untried)
 
 
+@pytest.mark.sampled(3)
 @table
 @warmth
 def test_the_table(case, warm):

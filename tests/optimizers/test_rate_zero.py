@@ -68,6 +68,7 @@ def weights(trained: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in trained["only"].params.items()}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "where", ["first", "every", *(pytest.param(w, marks=pytest.mark.slow) for w in ("middle", "last"))]
 )

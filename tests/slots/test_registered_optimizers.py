@@ -225,6 +225,7 @@ GOOD = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", GOOD)
 def test_a_registered_optimizer_is_differentiated(name):
     cls, options = GOOD[name]

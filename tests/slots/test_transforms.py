@@ -73,6 +73,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name):
     optimizer, schedule = SCHEDULES[name]
@@ -126,6 +127,7 @@ CLIPS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=["momentum", "adam"])
 @pytest.mark.parametrize("name", CLIPS)
 def test_clipping(name, optimizer):
@@ -306,6 +308,7 @@ BY_CONFIG = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", BY_CONFIG)
 def test_by_config(name):
     overrides, holds = BY_CONFIG[name]
