@@ -24,7 +24,7 @@ class CheckRun(Inspection):
 
     section, verb = "check", "check"
 
-    def check(self) -> CheckResult:
+    def compare(self) -> CheckResult:
         """Compare the hypergradient of the next meta-step with differences, with a progress bar."""
         options, coordinates, steps = self.config.check, self._coordinates(), list(self.config.check.steps)
         count = num_runs(self.trainer.meta_params, options.num_directions, coordinates, steps)

@@ -44,25 +44,23 @@ def train(config: DictConfig, folder: str) -> float:
 def check(config: DictConfig, folder: str) -> str:
     """Build the parts, warm up, compare the hypergradient with differences, report; return the verdict."""
     from metaopt.app.check_run import CheckRun
-    from metaopt.app.job import threads
 
-    with threads(config.trainer.num_threads):
-        config, _, trainer = assemble(config)
-        run = CheckRun(config, folder, trainer)
-        run.warm_up()
-        result = run.check()
-        run.report(result)
-    return result.verdict
+    return _inspect(CheckRun, config, folder).verdict
 
 
 def compare_estimators(config: DictConfig, folder: str) -> Any:
     """Build the parts, warm up, compare the estimators, report; return the `FidelityResult`."""
     from metaopt.app.fidelity_run import FidelityRun
+
+    return _inspect(FidelityRun, config, folder)
+
+
+def _inspect(kind: Callable[..., Any], config: DictConfig, folder: str) -> Any:
     from metaopt.app.job import threads
 
     with threads(config.trainer.num_threads):
         config, _, trainer = assemble(config)
-        run = FidelityRun(config, folder, trainer)
+        run = kind(config, folder, trainer)
         run.warm_up()
         result = run.compare()
         run.report(result)

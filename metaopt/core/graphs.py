@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,34 +34,20 @@ class _Boundary(torch.autograd.Function):
         return grads
 
 
-def behind_boundary(
-    params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel], joint: Collection[str]
-) -> tuple[Tensors, Models]:
-    """Pass an inner step's parameters, and all upstream weights, through identity nodes.
+def behind_boundary(params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel]) -> tuple[Tensors, Models]:
+    """Pass an inner step's parameters, and each upstream model's weights, through an identity node of their own.
 
-    The node of `params` stands above those of the `joint` stages, which the loss is known to read (by an input that
-    nothing comes out of), so that no walk towards `params` goes past them, nor computes gradients of their weights.
-    Not above the others: a path that is cut would look like one that is there.
+    From the second step on the weights lie above the upstream ones that their gradient read: no walk goes past those.
     """
     models = Models()
-    below: list[Tensor] = []
     for stage, model in upstream.items():
-        bounded = _bounded(model.params)
-        models[stage] = model.with_params({**model.params, **bounded})
-        below += list(bounded.values())[:1] if stage in joint else []
-    return {**params, **_bounded(params, below)}, models
+        models[stage] = model.with_params({**model.params, **_bounded(model.params)})
+    return {**params, **_bounded(params)}, models
 
 
-def _bounded(tensors: Mapping[str, Tensor], below: Collection[Tensor] = ()) -> Tensors:
+def _bounded(tensors: Mapping[str, Tensor]) -> Tensors:
     live = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    return dict(zip(live, _Boundary.apply(*live.values(), *below), strict=False)) if live else {}
-
-
-def stages_read(loss: Tensor, upstream: Mapping[str, FunctionalModel]) -> list[str]:
-    """Return the upstream stages whose boundary a loss reaches, each behind a node of its own."""
-    reached = nodes([loss])
-    boundaries = {stage: {p.grad_fn for p in model.params.values()} - {None} for stage, model in upstream.items()}
-    return [stage for stage, own in boundaries.items() if not own.isdisjoint(reached)]
+    return dict(zip(live, _Boundary.apply(*live.values()), strict=True)) if live else {}
 
 
 def sign(weights: Iterable[Tensor], chain: object, stage: str) -> None:

@@ -272,8 +272,7 @@ class Stage:
         self._resets += 1
         initial = self._initial
         if initial is None and self._factory is not None:
-            like = next(self.model.parameters())
-            drawn = ModelStructure(self._draw_model(self._factory).to(device=like.device, dtype=like.dtype))
+            drawn = ModelStructure(self._draw_model(self._factory))
             initial = {**drawn.params, **drawn.buffers}
         self._load_tensors(initial or {})
         self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer))

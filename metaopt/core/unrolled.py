@@ -11,7 +11,7 @@ import higher
 from torch import Tensor, nn
 
 from metaopt.core.contracts import Estimator, Upstream
-from metaopt.core.graphs import behind_boundary, stages_read
+from metaopt.core.graphs import behind_boundary
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import Tensors
@@ -30,15 +30,14 @@ class Unrolled(Estimator):
 
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop by `higher`, one differentiable step after the other."""
-        buffers, losses, joint = loop.start_buffers(), [], []
+        buffers, losses = loop.start_buffers(), []
         with higher_loop(loop) as fast:
             params = loop.start(fast.params, meta_params, upstream)
             for t in range(loop.num_steps):
-                params, seen = behind_boundary(params, upstream, joint)
+                params, seen = behind_boundary(params, upstream)
                 loss, buffers = loop.loss_at(t, {**loop.frozen, **params}, buffers, meta_params, seen, fast.call)
                 if t == 0:
                     loop.check_graph(loss)
-                    joint = stages_read(loss, seen)
                 params = fast.step(t, loss, params, loop.hyperparameters(t, meta_params))
                 losses.append(loss)
                 loop.watch(losses)
