@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,23 +25,39 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
+_NO_GENERATOR = ("cpu", "meta")  # of its own: the CPU's is torch's global one
+
+
+def set_seed(seed: int, device: torch.device | None = None) -> None:
+    """Seed the global generators of torch (CPU, and the device's own), numpy and random."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if device is not None and device.type not in _NO_GENERATOR:
+        module = torch.get_device_module(device)
+        with module.device(device) if hasattr(module, "device") else nullcontext():
+            module.manual_seed(seed)
+
+
 @contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the global generators of torch (CPU, and the device's), numpy and random; put them back after."""
-    on_cuda = device is not None and device.type == "cuda"
+def kept_random_state(device: torch.device | None = None) -> Iterator[None]:
+    """Put the global generators that `set_seed` seeds back after the block, as they were before."""
     of_random, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    own = device if device is not None and device.type not in _NO_GENERATOR else None
+    with torch.random.fork_rng([] if own is None else [own], device_type=None if own is None else own.type):
         try:
             yield
         finally:
             random.setstate(of_random)
             np.random.set_state(of_numpy)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the global generators inside the block, and put them back after."""
+    with kept_random_state(device):
+        set_seed(seed, device)
+        yield
 
 
 class _Place(NamedTuple):

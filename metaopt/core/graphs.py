@@ -12,7 +12,8 @@ from torch import Tensor
 from metaopt.base.errors import ConfigError, MissingPathError, NonFiniteError, StageError
 from metaopt.core.contracts import require_scalar
 from metaopt.core.meta_params import AnyMetaParameters, TensorWeights, as_named, named_tensors
-from metaopt.core.view import RECOMPUTES, FunctionalModel, Models, Tensors
+from metaopt.core.view import RECOMPUTES, FunctionalModel, Models
+from metaopt.optimizers.flattened import Joined
 
 _OF = "trained by metaopt"  # in the metadata of the nodes of trained weights: chain, stage
 
@@ -34,20 +35,20 @@ class _Boundary(torch.autograd.Function):
         return grads
 
 
-def behind_boundary(params: Mapping[str, Tensor], upstream: Mapping[str, FunctionalModel]) -> tuple[Tensors, Models]:
-    """Pass an inner step's parameters, and each upstream model's weights, through an identity node of their own.
+def behind_boundary(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Pass an inner step's parameters through one identity node, unless they are views of one tensor already."""
+    if isinstance(params, Joined) and len(params.pieces) == 1 and not params.alone:
+        return params
+    live = {name: tensor for name, tensor in params.items() if tensor.requires_grad}
+    return {**params, **dict(zip(live, _Boundary.apply(*live.values()), strict=True))} if live else params
 
-    From the second step on the weights lie above the upstream ones that their gradient read: no walk goes past those.
+
+def models_behind_boundary(upstream: Mapping[str, FunctionalModel]) -> Models:
+    """Pass each upstream model's weights through an identity node: what a stage's own graph ends at.
+
+    From the second step on a stage's weights lie above the upstream ones that their gradient read: no walk goes past.
     """
-    models = Models()
-    for stage, model in upstream.items():
-        models[stage] = model.with_params({**model.params, **_bounded(model.params)})
-    return {**params, **_bounded(params)}, models
-
-
-def _bounded(tensors: Mapping[str, Tensor]) -> Tensors:
-    live = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    return dict(zip(live, _Boundary.apply(*live.values()), strict=True)) if live else {}
+    return Models({n: model.with_params(dict(behind_boundary(model.params))) for n, model in upstream.items()})
 
 
 def sign(weights: Iterable[Tensor], chain: object, stage: str) -> None:

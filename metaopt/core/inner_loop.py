@@ -8,8 +8,9 @@ step with that step's hyperparameters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import NonFiniteError, StageError
-from metaopt.base.streams import seeded
+from metaopt.base.streams import kept_random_state, set_seed
 from metaopt.core.contracts import (
     Gradients,
     InnerLoss,
@@ -76,6 +77,7 @@ class InnerLoop:
     owners: Mapping[int, str]
     read: set[frozenset[str]]
     beside: set[str] = field(default_factory=set, init=False)  # read by the loss, of each step another, and no tensor
+    _opened: bool = field(default=False, init=False, repr=False)
     _started: tuple[AnyMetaParameters, Upstream] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -118,6 +120,21 @@ class InnerLoop:
         """Return copies of the module's buffers."""
         return {name: buffer.detach().clone() for name, buffer in self.structure.buffers.items()}
 
+    @contextmanager
+    def opened(self, upstream: Upstream) -> Iterator[None]:
+        """Do once what every step needs: keep the random state, and have the modules in their modes, until the end."""
+        if self._opened:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(kept_random_state(self.device))
+            for model in upstream.values():
+                stack.enter_context(model.structure.ready(model.training))
+            stack.enter_context(self.structure.ready(True))
+            self._opened = True
+            stack.callback(setattr, self, "_opened", False)
+            yield
+
     # --- the two halves of a step -------------------------------------------------------------------------------
 
     def loss_at(
@@ -141,7 +158,8 @@ class InnerLoop:
         model = InnerModel(self.structure, params, moved, training=True, call=call)
         model.read_step = functools.partial(self._read_step, t)
         model.read = self.read if t == 0 else None
-        with telling(lambda: self._said_of_loss(t, micro)), seeded(self.seeds[t], self.device), self.casting():
+        with telling(lambda: self._said_of_loss(t, micro)), self.opened(upstream), self.casting():
+            set_seed(self.seeds[t], self.device)
             losses = [self._loss(model, batch, given, upstream) for batch in micro]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         # The version says nothing of floating ones: batch norm's kernel moves its statistics without a new one.
@@ -174,10 +192,10 @@ class InnerLoop:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
-    def transformed(self, gradients: Gradients) -> dict[str, Tensor | None]:
+    def transformed(self, gradients: Gradients) -> Gradients:
         """Apply the gradient transform to the gradients there are; a parameter that the loss missed keeps None."""
         if self.transform is None:
-            return dict(gradients)
+            return gradients
         present = {name: g for name, g in gradients.items() if g is not None}
         with telling(lambda: f"the transform of stage {self.name!r}, on {described(present)}"):
             changed = self.transform(present)
@@ -202,8 +220,11 @@ class InnerLoop:
 
     def watch(self, losses: list[Tensor]) -> None:
         """Stop at a loss that is not finite; an accelerator is asked every few steps, since asking waits for it."""
-        every = 1 if self.device.type == "cpu" else _LOOK_EVERY
-        if len(losses) % every == 0 and not bool(torch.stack(losses[-every:]).detach().isfinite().all()):
+        if self.device.type == "cpu":
+            finite = math.isfinite(losses[-1].item())
+        else:
+            finite = len(losses) % _LOOK_EVERY != 0 or bool(torch.stack(losses[-_LOOK_EVERY:]).isfinite().all())
+        if not finite:
             self._stop("an inner loss")
 
     def _stop(self, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from metaopt.core.graphs import entries
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.core.view import Models, Tensors
 from metaopt.optimizers.flattened import State
+from metaopt.optimizers.rule import InPlace
 
 if TYPE_CHECKING:
     from metaopt.core.inner_loop import InnerLoop, InnerResult
@@ -35,41 +37,35 @@ class PlainSteps:
     ) -> None:
         self.buffers = buffers
         self._loop, self._meta_params, self._upstream = loop, meta_params, upstream
-        self._params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-        self._optimizer = loop.rule.bind(self._params, state)
+        self._optimizer = InPlace(loop.rule, params, state)
 
-    def gradient(
-        self, t: int, inspect: Callable[[Tensor, Tensors], None] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def gradient(self, t: int, inspect: Callable[[Tensor, Tensors], None] | None = None) -> tuple[Tensor, Gradients]:
         """Return the loss of step t, detached, and its raw gradient; buffers move on.
 
         `inspect` is called with the loss in its graph and the weights that it may depend on.
         """
-        params = {**self._loop.frozen, **self._params}
+        own = self._optimizer.params
+        params = {**self._loop.frozen, **own}
         with torch.enable_grad():
             loss, buffers = self._loop.loss_at(t, params, self.buffers, self._meta_params, self._upstream)
             if inspect is not None:
-                inspect(loss, self._params)
-            gradients = torch.autograd.grad(loss, list(self._params.values()), allow_unused=True)
+                inspect(loss, own)
+            gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
         self.buffers = {name: b.detach() if b.requires_grad else b for name, b in buffers.items()}
-        return loss.detach(), dict(zip(self._params, gradients, strict=True))
+        return loss.detach(), self._optimizer.join(dict(zip(own, gradients, strict=True)))
 
     @torch.no_grad()
     def update(self, t: int, gradients: Gradients) -> None:
         """Transform the raw gradient of step t, and let the optimizer step."""
-        transformed = self._loop.transformed(gradients)
-        for name, param in self._params.items():
-            param.grad = self._loop.rule.to_change(transformed[name])
-        self._loop.rule.set_hyperparameters(self._optimizer, self._loop.hyperparameters(t, self._meta_params))
-        self._optimizer.step()
+        self._optimizer.step(self._loop.transformed(gradients), self._loop.hyperparameters(t, self._meta_params))
 
     def weights(self) -> Tensors:
         """Return copies of the present weights."""
-        return {name: p.detach().clone() for name, p in self._params.items()}
+        return self._optimizer.weights()
 
     def state(self) -> State:
         """Return a copy of the present optimizer state."""
-        return self._loop.rule.read(self._optimizer, self._params)
+        return self._optimizer.state()
 
 
 def _from_start(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> PlainSteps:
@@ -85,15 +81,16 @@ def train_plainly(
     """Run the same steps with torch's own optimizer, keeping nothing."""
     steps = _from_start(loop, meta_params, upstream)
     losses = []
-    for t in range(loop.num_steps):
-        loss, gradients = steps.gradient(t, (lambda loss, params: loop.check_graph(loss)) if t == 0 else None)
-        if t == 0:
-            loop.check_gradients(gradients)
-        steps.update(t, gradients)
-        losses.append(loss)
-        loop.watch(losses)
-        if on_step is not None:
-            on_step(loop.name, t, loss)
+    with nullcontext() if on_step else loop.opened(upstream):  # what is called meanwhile may draw random numbers
+        for t in range(loop.num_steps):
+            loss, gradients = steps.gradient(t, (lambda loss, params: loop.check_graph(loss)) if t == 0 else None)
+            if t == 0:
+                loop.check_gradients(gradients)
+            steps.update(t, gradients)
+            losses.append(loss)
+            loop.watch(losses)
+            if on_step is not None:
+                on_step(loop.name, t, loss)
     return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
 
 

@@ -11,7 +11,7 @@ import higher
 from torch import Tensor, nn
 
 from metaopt.core.contracts import Estimator, Upstream
-from metaopt.core.graphs import behind_boundary
+from metaopt.core.graphs import behind_boundary, models_behind_boundary
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import Tensors
@@ -31,10 +31,11 @@ class Unrolled(Estimator):
     def differentiate(self, loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> InnerResult:
         """Run the loop by `higher`, one differentiable step after the other."""
         buffers, losses = loop.start_buffers(), []
-        with higher_loop(loop) as fast:
+        with loop.opened(upstream), higher_loop(loop) as fast:
             params = loop.start(fast.params, meta_params, upstream)
+            seen = models_behind_boundary(upstream)
             for t in range(loop.num_steps):
-                params, seen = behind_boundary(params, upstream)
+                params = behind_boundary(params)
                 loss, buffers = loop.loss_at(t, {**loop.frozen, **params}, buffers, meta_params, seen, fast.call)
                 if t == 0:
                     loop.check_graph(loss)
@@ -42,7 +43,7 @@ class Unrolled(Estimator):
                 losses.append(loss)
                 loop.watch(losses)
             state = fast.state
-        return loop.finish(params, buffers, state, losses)
+        return loop.finish(dict(params), buffers, state, losses)
 
 
 class HigherLoop:
@@ -72,19 +73,21 @@ class HigherLoop:
 
     def step(self, t: int, loss: Tensor, params: Tensors, hyperparameters: Mapping[str, Any]) -> Tensors:
         """Take inner step t by `higher`: the gradient of `loss`, then the update."""
-        fast = self._diffopt.step(
+        self._diffopt.named_params = params
+        self._diffopt.step(
             loss,
             params=[params[name] for name in self._names],
             override=hyperparameters,
             grad_callback=functools.partial(self._transformed, t),
         )
-        return dict(zip(self._names, fast, strict=True))
+        return self._diffopt.named_params
 
     def _transformed(self, t: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         by_name = dict(zip(self._names, gradients, strict=True))
         if t == 0:
             self._loop.check_gradients(by_name)
-        return list(self._loop.transformed(by_name).values())
+        given = self._loop.transformed(by_name)
+        return [given[name] for name in self._names]
 
 
 class _View(nn.Module):

@@ -71,6 +71,7 @@ class ModelStructure:
         self.modules = list(module.modules())
         self.stage = ""  # whose model it is, for messages
         self.unsaid: list[str] | None = None  # for the first read in eval mode; None until it was looked into
+        self._ready: tuple[int, bool] | None = None  # thread and mode, inside `ready`
         self._recurrent = [submodule for submodule in self.modules if isinstance(submodule, nn.RNNBase)]
         self._normed = any(type(submodule).__name__ == "_WeightNorm" for submodule in self.modules)
         params, buffers = {id(p): n for n, p in self.params.items()}, {id(b): n for n, b in self.buffers.items()}
@@ -130,20 +131,31 @@ class ModelStructure:
             )
 
     @contextmanager
-    def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
-        """Lend the module these tensors, in train or eval mode, ready to be differentiated twice.
+    def ready(self, training: bool) -> Iterator[None]:
+        """Keep the module to this thread and in this mode, ready to be differentiated twice; calls inside are quick.
 
         Attention runs in the math kernel: the fused ones have no second derivative.
         """
-        normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
-        with self.swap(params, buffers), sdpa_kernel(SDPBackend.MATH), _refusing_recomputation(), normed:
-            modes = list(map(_mode, self.modules))
+        before, now = self._ready, (threading.get_ident(), training)
+        if before == now:
+            yield
+            return
+        with held(self.modules), sdpa_kernel(SDPBackend.MATH):
+            modes, self._ready = list(map(_mode, self.modules)), now
             try:
                 self.module.train(training)
-                yield self.module
+                yield
             finally:
+                self._ready = before
                 for submodule, mode in zip(self.modules, modes, strict=True):
                     submodule.training = mode
+
+    @contextmanager
+    def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
+        """Lend the module these tensors, in train or eval mode."""
+        normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
+        with self.ready(training), self.swap(params, buffers) as module, _refusing_recomputation(), normed:
+            yield module
 
     def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:
         """Run the module's forward with these parameters and buffers."""

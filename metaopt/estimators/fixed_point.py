@@ -20,7 +20,7 @@ from metaopt.core.view import Tensors
 from metaopt.estimators.products.base import DoubleBackward, Product, Wanted
 from metaopt.estimators.step_loss import Key
 from metaopt.estimators.sweep import Sweep
-from metaopt.estimators.update_vjp import Below, add
+from metaopt.estimators.update_vjp import Below, added
 
 
 class FixedPoint(Estimator, ABC):
@@ -96,8 +96,7 @@ class Neumann(FixedPoint):
         below = Below(cotangents)
         for _ in range(self.terms):
             below, of_gradient = sweep.update_back(t, record, raw, below, others)
-            for name, cotangent in pullback(of_gradient, others).items():
-                add(below.params, name, cotangent)
+            below = replace(below, params=added(below.params, pullback(of_gradient, others)))
 
 
 class ConjugateGradient(FixedPoint):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,10 @@ from metaopt.core.meta_params import AnyMetaParameters, as_named, rebound
 from metaopt.core.view import Models
 from metaopt.estimators.places import split_tensors
 from metaopt.estimators.storage import StepRecord
+from metaopt.optimizers.flattened import Joined
 
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
+ABSENT: Any = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -51,6 +53,7 @@ class StepLoss:
             "upstream": {n: (dict(m.params), dict(m.buffers)) for n, m in self.upstream.items()},
         }
         self.context, self._around = split_tensors(self._tree)  # what is read and not differentiated
+        self.params, self._named = split_tensors(self.record.params)  # as they are held: some of them joined
 
     @property
     def is_last(self) -> bool:
@@ -72,19 +75,32 @@ class StepLoss:
     def signature(self) -> Hashable:
         """Equal for two steps that differ in tensors, or in what else a batch holds."""
         spec = str(pytree.tree_structure(self._tree))
-        return spec, tuple(self.keys), tuple(self.record.params), self.settings, *map(id, self.anchors)
+        held = str(pytree.tree_structure(self.record.params))
+        return spec, held, tuple(self.keys), tuple(self.record.params), self.settings, *map(id, self.anchors)
 
     def replaying(self) -> AbstractContextManager[None]:
         """Return the random state in which the step's loss is evaluated."""
         return seeded(self.loop.seeds[self.t], self.loop.device)
 
+    def present(self, tensors: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
+        """Return those that there are of tensors like `params`."""
+        held = self._named([x if x is not None else ABSENT for x in tensors])
+        if not isinstance(held, Joined):
+            return {name: x for name, x in held.items() if x is not ABSENT}
+        pieces, alone = ({k: x for k, x in part.items() if x is not ABSENT} for part in (held.pieces, held.alone))
+        return Joined(pieces, alone)
+
+    def named(self, params: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return weights that are held as `params` by name, in their graph."""
+        return dict(self._named(params))
+
     def __call__(
-        self, params: Sequence[Tensor], others: Sequence[Tensor], context: Sequence[Tensor] | None = None
+        self, params: Mapping[str, Tensor], others: Sequence[Tensor], context: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Return the loss at these weights, meta-parameters and upstream weights; `context` replaces the step's."""
         tree: dict[str, Any] = self._tree if context is None else self._around(context)
         given: dict[Key, Tensor] = dict(zip(self.keys, others, strict=True))
-        weights = {**tree["frozen"], **dict(zip(self.record.params, params, strict=True))}
+        weights = {**tree["frozen"], **params}
         models = Models()
         for stage, model in self.upstream.items():
             own, buffers = tree["upstream"][stage]

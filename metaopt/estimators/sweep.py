@@ -25,7 +25,7 @@ from metaopt.core.view import Models, Tensors
 from metaopt.estimators.products.base import Product, Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.storage import StepRecord, Storage
-from metaopt.estimators.update_vjp import Below, add, update_vjp
+from metaopt.estimators.update_vjp import Below, add, added, update_vjp
 from metaopt.optimizers.flattened import State
 
 
@@ -84,7 +84,7 @@ class Sweep:
         """Run every step with torch's own optimizer, and keep what the backward needs."""
         loop, losses = self.loop, []
         initial = dict(zip(loop.rule.names, start, strict=True))
-        with rebound(self.meta_params, self._plain_meta):
+        with loop.opened(self._plain), rebound(self.meta_params, self._plain_meta):
             steps = self._steps_from(initial, loop.rule.initial_state(), loop.start_buffers())
             for t in range(loop.num_steps):
                 self.tape.record(t, steps)
@@ -150,7 +150,7 @@ class Sweep:
         below = Below(cotangents)
         for t in reversed(range(self.first, self.loop.num_steps)):
             below = self.step_back(t, self.rebuild(t, free), below, others)
-        return below.params if self.first == 0 else {}
+        return dict(below.params) if self.first == 0 else {}
 
     def rebuild(self, t: int, free: bool) -> StepRecord:
         """Return step t as it was."""
@@ -163,28 +163,26 @@ class Sweep:
         gradient, pullback = self.linearize(t, record, wanted)
         raw = record.gradient or dict(zip(record.params, gradient, strict=True))
         below, of_gradient = self.update_back(t, record, raw, above, others)
-        for name, cotangent in pullback(of_gradient, others).items():
-            add(below.params, name, cotangent)
-        return below
+        return replace(below, params=added(below.params, pullback(of_gradient, others)))
 
     def linearize(self, t: int, record: StepRecord, wanted: Wanted) -> tuple[Any, Any]:
         """Return step t's gradient, and (u, sums) ↦ u·∂²L/∂θ² by name; u·∂²L/∂θ∂others is added to `sums`."""
         given = [x.detach() for x in self.others.values()]
         loss = StepLoss(t, record, self.loop, self.meta_params, self._plain, list(self.others), self._settings)
-        gradient, pull = self.product.linearize(loss, list(record.params.values()), given, wanted)
+        gradient, pull = self.product.linearize(loss, loss.params, given, wanted)
 
-        def pullback(cotangents: Mapping[str, Tensor], sums: dict[Key, Tensor] | None) -> Tensors:
+        def pullback(cotangents: Mapping[str, Tensor], sums: dict[Key, Tensor] | None) -> Mapping[str, Tensor]:
             second, beside = pull([cotangents.get(name) for name in record.params])
             if sums is not None:
                 for key, cotangent in zip(self.others, beside, strict=True):
                     add(sums, key, cotangent)
-            return {name: c for name, c in zip(record.params, second, strict=True) if c is not None}
+            return loss.present(second)
 
         return gradient, pullback
 
     def update_back(
         self, t: int, record: StepRecord, gradient: Mapping[str, Tensor | None], above: Below, others: dict[Key, Tensor]
-    ) -> tuple[Below, Tensors]:
+    ) -> tuple[Below, Mapping[str, Tensor]]:
         """Pull cotangents back through `update`: to what was before the step, and to the raw gradient."""
         meta = self._plain_meta
         below, of_gradient, learned = update_vjp(self.loop, t, record, gradient, meta, self.meta_params, above)
@@ -225,5 +223,6 @@ class _Stage(torch.autograd.Function):
         present = {n: c for n, c in zip(names, cotangents, strict=True) if c is not None}
         others: dict[Key, Tensor] = {}
         # autograd comes here also along a path that is cut above, with nothing
-        params = sweep.sweep_back(present, not _will_run_again(), others) if present else {}
+        with sweep.loop.opened(sweep.upstream):
+            params = sweep.sweep_back(present, not _will_run_again(), others) if present else {}
         return None, None, None, *(params.get(name) for name in names), *(others.get(key) for key in sweep.others)

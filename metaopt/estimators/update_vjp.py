@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,19 +15,18 @@ from metaopt.core.meta_params import AnyMetaParameters, rebound
 from metaopt.core.view import Tensors
 from metaopt.estimators.products.base import leaves, linearized
 from metaopt.estimators.storage import StepRecord
-from metaopt.optimizers.flattened import JointStep
+from metaopt.optimizers.flattened import Block, Joined, JointStep
 from metaopt.optimizers.kinds import carries_gradient, per_element
 
-MOST_ELEMENTS = 2**16
-StateKey = tuple[str, str]  # (parameter; which piece of its optimizer state)
+MOST_ELEMENTS = 2**16  # of what a step computes between: it stays in the processor's cache, and below the model's size
 
 
 @dataclass
 class Below:
-    """Cotangents of a step's weights and optimizer state."""
+    """Cotangents of a step's weights, by parameter name, and of its optimizer state, by name and piece of it."""
 
-    params: Tensors
-    state: dict[StateKey, Tensor] = field(default_factory=dict)
+    params: Mapping[str, Tensor]
+    state: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def update_vjp(
@@ -38,11 +37,8 @@ def update_vjp(
     learned: Tensors,
     meta_params: AnyMetaParameters,
     above: Below,
-) -> tuple[Below, Tensors, Tensors]:
+) -> tuple[Below, Mapping[str, Tensor], Tensors]:
     """Return the cotangents of what goes into `update`, from those of what comes out.
-
-    Parameters that the optimizer treats alike are joined, which saves most of the time of many small ones; in parts of
-    bounded size, so that what the step computes between is never as large as the model.
 
     Args:
         loop, t, record: the step, and what it was at.
@@ -54,73 +50,133 @@ def update_vjp(
     Returns:
         Cotangents of (weights, state) before it, of the raw gradient, and of the meta-parameters.
     """
-    present = {name: g for name, g in gradient.items() if g is not None}
     learned = as_leaves(learned)
-    below = Below({n: c for n, c in above.params.items() if n not in present})
-    below.state = {(n, k): c for (n, k), c in above.state.items() if n not in present}
-    of_gradient: Tensors = {}
     of_learned: Tensors = {}
     with torch.enable_grad(), rebound(meta_params, learned):
-        raw = as_leaves(present) if loop.transform is not None else {}
-        given = loop.transformed({**gradient, **raw})
+        raw = as_leaves({n: g for n, g in gradient.items() if g is not None}) if loop.transform is not None else {}
+        given = loop.transformed({**gradient, **raw} if raw else gradient)
         hyperparameters = loop.hyperparameters(t, meta_params)
-        shared = {("raw", n): x for n, x in raw.items()} | {("learned", n): x for n, x in learned.items()}
-        again = bool(raw) or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(hyperparameters))
-        for step in loop.rule.parts(record.params, given, record.state, hyperparameters, most=MOST_ELEMENTS):
-            for (kind, name), cotangent in _joint_vjp(step, record, given, above, shared, bool(raw), again).items():
-                if kind == "raw":
-                    add(of_gradient, name, cotangent)
-                elif kind == "learned":
-                    add(of_learned, name, cotangent)
-                elif kind == "param":
-                    below.params.update(step.split(cotangent))
-                elif kind == "gradient":
-                    of_gradient.update(step.split(cotangent))
-                else:  # an entry that the parameters share counts once
-                    once = {step.names[0]: cotangent}
-                    split = step.split(cotangent) if per_element(name, cotangent) else once
-                    below.state.update({(n, name): c for n, c in split.items()})
-    return below, of_gradient, of_learned
+        read = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(hyperparameters))
+        steps = list(loop.rule.parts(record.params, given, record.state, hyperparameters))
+        above_state = _by_block([step.block for step in steps], above.state)
+        params, state, of_gradient = {}, {}, {}
+        for step in steps:
+            weights = _weights(step.block, record.params, above.params, above_state)
+            found = _joint_vjp(step, record, given, weights, learned if read else {}, of_learned)
+            params[step.block], of_gradient[step.block] = found.pop(PARAM, None), found.pop(GRADIENT, None)
+            state[step.block] = {key: cotangent for (_, key), cotangent in found.items()}
+        gradients = _joined(of_gradient, {})
+        if raw:  # once for the step, in however many parts the update was taken
+            outputs, cotangents = zip(*[(given[name], cotangent) for name, cotangent in gradients.items()], strict=True)
+            back = linearized(outputs, cotangents, [*raw.values(), *learned.values()])
+            gradients = {name: c for name, c in zip(raw, back, strict=False) if c is not None}
+            for name, cotangent in zip(learned, back[len(raw) :], strict=True):
+                add(of_learned, name, cotangent)
+    return Below(_joined(params, above.params), _joined(state, above_state)), gradients, of_learned
+
+
+def _joined(pieces: Mapping[Block, Any], above: Mapping[str, Any]) -> Joined:
+    """Return what the blocks have, and of the parameters that no step has moved what they had."""
+    stepped = {name for block in pieces for name in block.names}
+    present = {block: value for block, value in pieces.items() if value is not None and len(value)}
+    return Joined(present, {name: value for name, value in above.items() if name not in stepped})
+
+
+def _by_block(blocks: Sequence[Block], state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return cotangents of the state by name, unless these blocks have them; what parameters share is the first's."""
+    if not isinstance(state, Joined) or state.pieces.keys() <= set(blocks):
+        return state
+    each = dict(state.alone)
+    for block, piece in state.pieces.items():
+        own = {k: v for k, v in piece.items() if per_element(k, v)}
+        each.update(block.split(own))
+        each[block.names[0]] = {**piece, **each[block.names[0]]}
+    return each
+
+
+def _weights(block: Block, params: Tensors, above: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the cotangents of a block's weights (under no key) and of the entries of its state, where there are."""
+
+    def joined(present: dict[str, Tensor]) -> Tensor:
+        return block.join({n: present[n] if n in present else torch.zeros_like(params[n]) for n in block.names})
+
+    weights: dict[str, Tensor] = {}
+    if isinstance(above, Joined) and block in above.pieces:
+        weights[""] = above.pieces[block]
+    elif present := {n: above[n] for n in block.names if n in above}:
+        weights[""] = joined(present)
+    if isinstance(state, Joined) and block in state.pieces:
+        return {**weights, **state.pieces[block]}
+    each = {n: state[n] for n in block.names if n in state}
+    for key in dict.fromkeys(key for entry in each.values() for key in entry):
+        present = {n: entry[key] for n, entry in each.items() if key in entry}
+        shared = not per_element(key, next(iter(present.values())))
+        weights[key] = torch.stack(list(present.values())).sum(0) if shared else joined(present)
+    return weights
+
+
+PARAM, GRADIENT = ("param", ""), ("gradient", "")
 
 
 def _joint_vjp(
     step: JointStep,
     record: StepRecord,
     gradient: Mapping[str, Tensor | None],
-    above: Below,
-    shared: Mapping[tuple[str, str], Tensor],
-    transformed: bool,
-    retain_graph: bool,
+    weights: Mapping[str, Tensor],
+    learned: Tensors,
+    of_learned: Tensors,
 ) -> dict[tuple[str, str], Tensor]:
-    """Return the cotangents of what goes into one joint step, by (kind, name), and of what is shared with others."""
-    joined, state = step.join(gradient), step.join_state(record.state)
-    param, direct = leaves([step.join(record.params), joined])
-    kept = as_leaves({k: v for k, v in state.items() if carries_gradient(k, v)})
-    after, state_after = step.step(param, joined if transformed else direct, {**state, **kept})
-    inputs = {("param", ""): param, **({} if transformed else {("gradient", ""): direct})}
-    inputs |= {("state", k): v for k, v in kept.items()} | dict(shared)
-    weights = {key: _weight(step, key, record, above) for key in ("", *(k for _, k in above.state))}
-    weights = {key: w for key, w in weights.items() if w is not None}
-    outputs = [state_after[key] if key else after for key in weights]
-    found = linearized(outputs, list(weights.values()), list(inputs.values()), retain_graph)
-    return {key: c for key, c in zip(inputs, found, strict=True) if c is not None}
+    """Return the cotangents of what goes into one joint step, by (kind, key); add those of `learned` to the sums.
 
+    It is taken on so many elements at a time that what it computes between is never as large as the model.
+    """
+    block, out = step.block, dict[tuple[str, str], Tensor]()
+    if not weights:
+        return out
+    params, gradients, state = block.join(record.params), block.join(gradient).detach(), block.join(record.state)
+    size = params.numel() if block.flat else 0
+    for start in range(0, max(size, 1), MOST_ELEMENTS):
+        elements = slice(start, start + MOST_ELEMENTS) if size > MOST_ELEMENTS else None
 
-def _weight(step: JointStep, key: str, record: StepRecord, above: Below) -> Tensor | None:
-    """Return the cotangent of a joint step's weights (no key), or of one entry of its state; None if there is none."""
-    each = {n: above.state.get((n, key)) if key else above.params.get(n) for n in step.names}
-    present = {n: c for n, c in each.items() if c is not None}
-    if not present:
-        return None
-    if key and not per_element(key, next(iter(present.values()))):
-        return torch.stack(list(present.values())).sum(0)
-    return step.join({n: present[n] if n in present else torch.zeros_like(record.params[n]) for n in step.names})
+        def part(key: str, value: Any, elements: slice | None = elements) -> Any:
+            return value if elements is None or not per_element(key, value) else value[elements]
+
+        inputs = dict(zip((PARAM, GRADIENT), leaves([part("", params), part("", gradients)]), strict=True))
+        own = {key: part(key, value) for key, value in state.items()}
+        kept = as_leaves({key: value for key, value in own.items() if carries_gradient(key, value)})
+        after, state_after = step(inputs[PARAM], inputs[GRADIENT], {**own, **kept}, elements)
+        inputs |= {("state", key): value for key, value in kept.items()}
+        inputs |= {("learned", name): value for name, value in learned.items()}
+        here = {k: w for k, w in weights.items() if start == 0 or per_element(k, w)}  # what is shared counts once
+        outputs = [state_after[key] if key else after for key in here]
+        found = linearized(outputs, [part(k, w) for k, w in here.items()], list(inputs.values()), bool(learned))
+        for (kind, key), cotangent in zip(inputs, found, strict=True):
+            if cotangent is None:
+                continue
+            if kind == "learned":
+                add(of_learned, key, cotangent)
+            elif elements is None or not per_element(key, cotangent):
+                add(out, (kind, key), cotangent)
+            else:
+                out.setdefault((kind, key), torch.zeros_like(params))[elements] = cotangent
+    return out
 
 
 def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:
     """Add a cotangent to those of the same tensor."""
     if cotangent is not None:
         sums[key] = sums[key] + cotangent if key in sums else cotangent
+
+
+def added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the sums of cotangents by parameter name, in the blocks of both if they have the same."""
+    if isinstance(one, Joined) and isinstance(other, Joined) and not (one.alone or other.alone):
+        if one.pieces.keys() == other.pieces.keys():
+            return Joined({block: piece + other.pieces[block] for block, piece in one.pieces.items()}, {})
+    sums = dict(one)
+    for name, cotangent in other.items():
+        add(sums, name, cotangent)
+    return sums
 
 
 def as_leaves(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:

@@ -1,4 +1,4 @@
-"""Several parameters as one tensor, for an optimizer that treats every element alike."""
+"""Several parameters as one tensor, for an optimizer that treats every element alike, from step to step."""
 
 from __future__ import annotations
 
@@ -7,86 +7,124 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metaopt.optimizers.hyperparameters import Group
 from metaopt.optimizers.kinds import per_element
 from metaopt.optimizers.step import TorchStep
 
-Tensors = dict[str, Tensor]
-State = dict[str, dict[str, Any]]  # parameter name → the optimizer's state of that parameter
+Tensors = Mapping[str, Tensor]
+State = Mapping[str, Mapping[str, Any]]  # parameter name → the optimizer's state of that parameter
 
 
-class JointStep:
-    """One optimizer step of several parameters, taken on their concatenation: the same step, in fewer calls.
+class Block:
+    """Parameters that are stepped as one: `join` and `split` their tensors, or their state.
 
     Args:
         names, params: of the parameters, and tensors of their shapes.
-        torch_step: the step of one tensor.
-        group: its hyperparameters. With rates η the step is `θ + η (θ₁ − θ)`, θ₁ being what one of rate 1 gives.
         whole: it is one parameter, whose shape the optimizer sees (but [1] for [], which would be taken for a counter).
     """
 
-    def __init__(
-        self, names: Sequence[str], params: Tensors, torch_step: TorchStep, group: Group, whole: bool = False
-    ) -> None:
-        self.names, self._torch_step, self._group = names, torch_step, group
-        self._whole = whole and params[names[0]].dim() > 0
+    def __init__(self, names: Sequence[str], params: Tensors, whole: bool = False) -> None:
+        self.names = tuple(names)
+        self.flat = not whole or params[names[0]].dim() == 0
         self._shapes = [params[name].shape for name in names]
-        self._sizes = [shape.numel() for shape in self._shapes]
+        self.sizes = [shape.numel() for shape in self._shapes]
 
-    def join(self, tensors: Mapping[str, Any]) -> Tensor:
-        """Return the tensors of the parameters' names as one."""
-        if self._whole:
-            return tensors[self.names[0]]
-        parts = [tensors[name].reshape(-1) for name in self.names]
+    def join(self, values: Mapping[str, Any]) -> Any:
+        """Return the tensors of the parameters' names as one; of state, what is not per element is the same for all."""
+        if isinstance(values, Joined) and self in values.pieces:
+            return values.pieces[self]
+        first = values.get(self.names[0], {})
+        if isinstance(first, Mapping):
+            each = {key: {name: values[name][key] for name in self.names} for key in first}
+            return {key: self.join(each[key]) if per_element(key, value) else value for key, value in first.items()}
+        if not self.flat:
+            return first
+        parts = [values[name].reshape(-1) for name in self.names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def split(self, joint: Tensor) -> Tensors:
+    def split(self, joint: Any) -> dict[str, Any]:
         """Return what `join` has joined, by name."""
-        if self._whole:
+        if isinstance(joint, Mapping):
+            each = {k: self.split(v) if per_element(k, v) else dict.fromkeys(self.names, v) for k, v in joint.items()}
+            return {name: {key: each[key][name] for key in joint} for name in self.names}
+        if not self.flat:
             return {self.names[0]: joint}
-        parts = zip(self.names, joint.split(self._sizes), self._shapes, strict=True)
+        parts = zip(self.names, joint.split(self.sizes), self._shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in parts}
 
-    def join_state(self, state: State) -> dict[str, Any]:
-        """Return the parameters' state as that of one; what is not per element is the same for all."""
-        joint = dict(state.get(self.names[0], {}))
-        for key, value in joint.items():
-            if per_element(key, value):
-                joint[key] = self.join({name: state[name][key] for name in self.names})
-        return joint
 
-    def split_state(self, joint: Mapping[str, Any]) -> State:
-        """Return the state by parameter name."""
-        state: State = {name: {} for name in self.names}
-        for key, value in joint.items():
-            each = self.split(value) if per_element(key, value) else dict.fromkeys(self.names, value)
-            for name in self.names:
-                state[name][key] = each[name]
-        return state
+class Joined(Mapping[str, Any]):
+    """Values by parameter name, some of them held as one of their block, and split when a name is first asked for.
 
-    def step(self, param: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Return the joint parameters and their state after the step, in the graph of all that goes in."""
+    Args:
+        pieces: block → the value of its names.
+        alone: the other values, by name.
+    """
+
+    def __init__(self, pieces: Mapping[Block, Any], alone: Mapping[str, Any]) -> None:
+        self.pieces, self.alone = dict(pieces), dict(alone)
+        self._of = {name: block for block in pieces for name in block.names}
+        self._split: dict[Block, dict[str, Any]] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        block = self._of.get(name)
+        if block is None:
+            return self.alone[name]
+        if block not in self._split:
+            self._split[block] = block.split(self.pieces[block])
+        return self._split[block][name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._of
+        yield from self.alone
+
+    def __len__(self) -> int:
+        return len(self._of) + len(self.alone)
+
+
+def _children(joined: Joined) -> tuple[list[Any], tuple[Any, ...]]:
+    return [*joined.pieces.values(), *joined.alone.values()], (tuple(joined.pieces), tuple(joined.alone))
+
+
+def _rebuilt(values: Any, context: tuple[Any, ...]) -> Joined:
+    blocks, names = context
+    values = list(values)
+    pieces = dict(zip(blocks, values, strict=False))
+    return Joined(pieces, dict(zip(names, values[len(blocks) :], strict=True)))
+
+
+pytree.register_pytree_node(Joined, _children, _rebuilt)
+
+
+class JointStep:
+    """One optimizer step of a block: the same step as of each of its parameters, in fewer calls.
+
+    Args:
+        block: the parameters.
+        torch_step: the step of one tensor.
+        group: its hyperparameters. With rates η the step is `θ + η (θ₁ − θ)`, θ₁ being what one of rate 1 gives.
+    """
+
+    def __init__(self, block: Block, torch_step: TorchStep, group: Group) -> None:
+        self.block, self._torch_step, self._group = block, torch_step, group
+
+    def __call__(
+        self, param: Tensor, gradient: Tensor, state: Mapping[str, Any], elements: slice | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the joint parameters (or these elements of them) and their state after the step, in its graph."""
         after, state_after = self._torch_step(param, gradient, state, self._group.hyperparameters)
-        rates = self._group.rates
-        return (after if rates is None else param + self._rate(rates, param) * (after - param)), state_after
+        if self._group.rates is None:
+            return after, state_after
+        rate = self._rate(self._group.rates, param)
+        if elements is not None and isinstance(rate, Tensor) and rate.dim():
+            rate = rate[elements]
+        return param + rate * (after - param), state_after
 
     def _rate(self, by_name: Mapping[str, Any], param: Tensor) -> Any:
-        rates = [by_name[name] for name in self.names]
+        rates = [by_name[name] for name in self.block.names]
         if all(rate is rates[0] for rate in rates):
             return rates[0]
         each = (torch.as_tensor(rate, dtype=param.dtype, device=param.device) for rate in rates)
-        return torch.cat([rate.reshape(1).expand(size) for rate, size in zip(each, self._sizes, strict=True)])
-
-
-def in_parts(names: Sequence[str], params: Tensors, most: float) -> Iterator[list[str]]:
-    """Yield the names in order, in lists whose parameters have at most `most` elements together, or are one."""
-    part: list[str] = []
-    size = 0
-    for name in names:
-        if part and size + params[name].numel() > most:
-            yield part
-            part, size = [], 0
-        part.append(name)
-        size += params[name].numel()
-    yield part
+        return torch.cat([rate.reshape(1).expand(n) for rate, n in zip(each, self.block.sizes, strict=True)])

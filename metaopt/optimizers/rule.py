@@ -8,7 +8,6 @@ construction. The user's optimizer is read, never stepped.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.base.errors import ConfigError, StageError
-from metaopt.optimizers.flattened import JointStep, State, Tensors, in_parts
+from metaopt.optimizers.flattened import Block, Joined, JointStep, State, Tensors
 from metaopt.optimizers.hyperparameters import Group, Overrides, check_overrides, in_graph, with_overrides
 from metaopt.optimizers.kinds import kind_of, per_element
 from metaopt.optimizers.step import GROUP, TorchStep, honours_differentiable, number, shallow
@@ -51,7 +50,7 @@ class UpdateRule:
                     f"{type(optimizer).__name__} holds a parameter that the stage's model does not have; build it "
                     "over the same module: Stage(model, torch.optim.SGD(model.parameters(), lr=...), ...)"
                 )
-        self._params = dict(params)
+        self._params, self._blocks = dict(params), dict[tuple[str, ...], Block]()
         self._members = [
             tuple(names[id(p)] for p in group["params"] if p.requires_grad) for group in optimizer.param_groups
         ]
@@ -66,11 +65,11 @@ class UpdateRule:
     def _read(self, optimizer: Optimizer) -> None:
         """Take an optimizer as it is now, for all steps to come."""
         self.optimizer, self._torch_step = optimizer, TorchStep(optimizer, self._kind.step)
-        self._groups = [
+        self.groups = [
             Group({k: number(v) for k, v in group.items() if k != "params"}, members)
             for group, members in zip(optimizer.param_groups, self._members, strict=True)
         ]
-        self._unchanged = [in_graph(group, {}, self._kind.linear_in_rate) for group in self._groups]
+        self._unchanged = [in_graph(group, {}, self._kind.linear_in_rate) for group in self.groups]
 
     def snapshot(self) -> UpdateRule:
         """Return the same rule with today's hyperparameters, whatever the user's optimizer is set to later."""
@@ -82,7 +81,12 @@ class UpdateRule:
 
     def initial_state(self) -> State:
         """Copy the user's optimizer's present state (empty for a fresh one), detached."""
-        return self.read(self.optimizer, self._params)
+        state: dict[str, dict[str, Any]] = {}
+        for group, members in zip(self.optimizer.param_groups, self._members, strict=True):
+            of_group = {GROUP + key: group[key] for key in self.written if key in group}
+            for name in members:
+                state[name] = copied({**self.optimizer.state.get(self._params[name], {}), **of_group})
+        return {name: entry for name, entry in state.items() if entry}
 
     # --- in the graph -------------------------------------------------------------------------------------------
 
@@ -98,12 +102,14 @@ class UpdateRule:
         A parameter without a gradient stays as it is, as in torch. A rate η that is learned or 0 enters as
         `θ + η (θ₁ − θ)`, where θ₁ is what a step of rate 1 gives: exact for optimizers whose step is linear in η.
         """
-        new_params, new_state = dict(params), dict(state)
+        moved: dict[Block, Tensor] = {}
+        moved_state: dict[Block, Any] = {}
         for part in self.parts(params, gradients, state, overrides):
-            moved, moved_state = part.step(part.join(params), part.join(gradients), part.join_state(state))
-            new_params.update(part.split(moved))
-            new_state.update(part.split_state(moved_state))
-        return new_params, new_state
+            block = part.block
+            moved[block], moved_state[block] = part(block.join(params), block.join(gradients), block.join(state))
+        stepped = {name for block in moved for name in block.names}
+        rest, rest_state = ({n: v for n, v in old.items() if n not in stepped} for old in (params, state))
+        return Joined(moved, rest), Joined(moved_state, rest_state)
 
     def parts(
         self,
@@ -111,27 +117,36 @@ class UpdateRule:
         gradients: Mapping[str, Tensor | None],
         state: State,
         overrides: Overrides | None = None,
-        most: float = math.inf,
     ) -> Iterator[JointStep]:
-        """Yield the step of each set of parameters that are treated alike, joined up to `most` elements."""
+        """Yield the step of each set of parameters that are treated alike."""
         linear, groups = self._kind.linear_in_rate, self._unchanged
         if overrides:
             self.check_overrides(overrides)
-            groups = with_overrides(self._groups, overrides, together=("lr",) if linear else ())
+            groups = with_overrides(self.groups, overrides, together=("lr",) if linear else ())
             groups = [in_graph(group, overrides, linear) for group in groups]
         for group in groups:
-            names = [name for name in group.names if gradients.get(name) is not None]
+            names = tuple(name for name in group.names if gradients.get(name) is not None)
             if self.written and len(names) < len(group.names):
                 raise StageError(
                     f"{type(self.optimizer).__name__} counts steps in its group ({', '.join(self.written)}), and this "
                     "step's loss gives some of the group's parameters no gradient; freeze those that are not used"
                 )
-            for alike in self._alike(names, params, state):
-                for part in in_parts(alike, params, most):
-                    yield JointStep(part, params, self._torch_step, group, whole=not self._kind.elementwise)
+            for block in self.blocks(names, params, state):
+                yield JointStep(block, self._torch_step, group)
+
+    def blocks(self, names: tuple[str, ...], params: Tensors, state: State) -> list[Block]:
+        """Return the parameters of these names as blocks of such as one step on their concatenation treats alike."""
+        known = self._blocks.get(names)
+        if known and all(isinstance(held, Joined) and known in held.pieces for held in (params, state)):
+            return [known]
+        found = []
+        for alike in map(tuple, self._alike(names, params, state)):
+            if alike not in self._blocks:
+                self._blocks[alike] = Block(alike, self._params, whole=not self._kind.elementwise)
+            found.append(self._blocks[alike])
+        return found
 
     def _alike(self, names: Sequence[str], params: Tensors, state: State) -> Iterable[list[str]]:
-        """Group parameters that one step on their concatenation treats alike: dtype, device, state keys, step count."""
         if not self._kind.elementwise:
             return [[name] for name in names]
         found: dict[Any, list[str]] = {}
@@ -148,62 +163,106 @@ class UpdateRule:
         for key in self.written:
             if key in overrides:
                 raise ConfigError(f"overrides: {cls} itself writes {key!r} into its group; leave it to it")
-        check_overrides(overrides, self._groups, self._kind, cls)
+        check_overrides(overrides, self.groups, self._kind, cls)
 
-    # --- without a graph, by torch's own optimizer --------------------------------------------------------------
-
-    def bind(self, params: Tensors, state: State) -> Optimizer:
-        """Return torch's own optimizer over other leaf tensors, warm with `state`: the step without a graph."""
-        groups = [{**g.hyperparameters, "params": [params[n] for n in g.names]} for g in self._groups]
-        bound = shallow(self.optimizer, groups)
-        _load(bound, params, state)
-        return bound
-
-    def to_change(self, gradient: Tensor | None) -> Tensor | None:
-        """Return a gradient for the plain step: a copy where the step may change it in place (torch's never do)."""
-        return gradient if gradient is None or honours_differentiable(self.optimizer) else gradient.clone()
-
-    def set_hyperparameters(self, bound: Optimizer, overrides: Overrides) -> None:
-        """Give a bound optimizer the hyperparameters of one step, as plain values; the rest are the user's own."""
-        self.check_overrides(overrides)
-        by_name = dict(zip(self.names, (p for group in bound.param_groups for p in group["params"]), strict=True))
-        written = self._written(bound)
-        bound.param_groups = []
-        for group in with_overrides(self._groups, overrides):
-            params = [by_name[name] for name in group.names]
-            given = {key: number(group.hyperparameters[key]) for key in overrides}
-            own = written[params[0]] if params else {}
-            bound.param_groups.append({**group.hyperparameters, **given, **own, "params": params})
-
-    def read(self, bound: Optimizer, params: Mapping[str, Tensor]) -> State:
-        """Return a copy of the state of a bound optimizer, by parameter name, and of what it wrote into its groups."""
-        written = self._written(bound)
-        state: State = {}
-        for name in self.names:
-            of_group = {GROUP + k: v for k, v in written[params[name]].items()}
-            state[name] = copied({**bound.state.get(params[name], {}), **of_group})
-        return {name: entry for name, entry in state.items() if entry}
+    # --- the user's own optimizer -------------------------------------------------------------------------------
 
     def write_back(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Put a trained state into the user's own optimizer."""
-        for name in self.names:
-            self.optimizer.state.pop(self._params[name], None)
-        _load(self.optimizer, self._params, state)
-
-    def _written(self, bound: Optimizer) -> dict[Tensor, dict[str, Any]]:
-        groups = [({k: group[k] for k in self.written if k in group}, group["params"]) for group in bound.param_groups]
-        return {param: written for written, params in groups for param in params}
+        for group, members in zip(self.optimizer.param_groups, self._members, strict=True):
+            for name in members:
+                self.optimizer.state.pop(self._params[name], None)
+                _load(self.optimizer, group, self._params[name], state.get(name, {}))
 
 
-def _load(optimizer: Optimizer, params: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
-    names = {param: name for name, param in params.items()}
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            own = copied(state.get(names[param], {}))
-            for key in [key for key in own if key.startswith(GROUP)]:
-                group[key.removeprefix(GROUP)] = own.pop(key)
-            if own:
-                optimizer.state[param] = own
+class InPlace:
+    """Torch's own optimizer over copies of the weights, joined where its step allows: the update without a graph.
+
+    `params` has them by name: leaves that require grad, which a step moves.
+    """
+
+    params: dict[str, Tensor]
+
+    def __init__(self, rule: UpdateRule, params: Tensors, state: State) -> None:
+        self._rule, self._overridden = rule, False
+        self._bind(params, state)
+
+    def _bind(self, params: Tensors, state: State, apart: bool = False) -> None:
+        """Copy weights and state into an optimizer of their own, each parameter `apart` if asked to."""
+        rule = self._rule
+        self._joint: dict[Block, Tensor] = {}
+        for group in rule.groups:
+            for names in [(name,) for name in group.names] if apart else [group.names]:
+                for block in rule.blocks(names, params, state):
+                    self._joint[block] = block.join(params).detach().clone()
+        views = {name: view for block, joint in self._joint.items() for name, view in block.split(joint).items()}
+        self.params = {name: views[name].detach().requires_grad_() for name in rule.names}
+        self._optimizer = shallow(rule.optimizer, [])
+        self._group({})
+        for group in self._optimizer.param_groups:
+            for joint in group["params"]:
+                block = next(block for block, tensor in self._joint.items() if tensor is joint)
+                _load(self._optimizer, group, joint, block.join(state))
+
+    def _group(self, overrides: Overrides) -> None:
+        """Give the optimizer its groups with the hyperparameters of one step, as plain values."""
+        rule, written = self._rule, self._written()
+        self._optimizer.param_groups = []
+        for group in with_overrides(rule.groups, overrides):
+            params = [joint for block, joint in self._joint.items() if block.names[0] in group.names]
+            given = {key: number(group.hyperparameters[key]) for key in overrides}
+            own = written.get(params[0], {}) if params else {}
+            self._optimizer.param_groups.append({**group.hyperparameters, **given, **own, "params": params})
+
+    def _written(self) -> dict[Tensor, dict[str, Any]]:
+        """Return what a step has written into the group of each tensor."""
+        groups, keys = self._optimizer.param_groups, self._rule.written
+        return {p: {k: group[k] for k in keys if k in group} for group in groups for p in group["params"]}
+
+    def join(self, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
+        """Return gradients as the weights are held, if there are all."""
+        if any(gradient is None for gradient in gradients.values()):
+            return gradients
+        return Joined({block: block.join(gradients) for block in self._joint}, {})
+
+    def step(self, gradients: Mapping[str, Tensor | None], overrides: Overrides) -> None:
+        """Let the optimizer step; a parameter without a gradient stays as it is."""
+        if overrides:
+            self._rule.check_overrides(overrides)
+        by_name = any(isinstance(value, Mapping) for value in overrides.values())
+        apart = by_name or any(gradient is None for gradient in gradients.values())
+        if apart and any(len(block.names) > 1 for block in self._joint):
+            self._bind(self.params, self.state(), apart=True)
+        if overrides or self._overridden:
+            self._group(overrides)
+            self._overridden = bool(overrides)
+        to_change = not honours_differentiable(self._rule.optimizer)  # a step may write into it (torch's never do)
+        for block, joint in self._joint.items():
+            given = gradients[block.names[0]] is not None
+            joint.grad = (block.join(gradients).clone() if to_change else block.join(gradients)) if given else None
+        self._optimizer.step()
+
+    def weights(self) -> Tensors:
+        """Return copies of the present weights."""
+        return Joined({block: joint.detach().clone() for block, joint in self._joint.items()}, {})
+
+    def state(self) -> State:
+        """Return a copy of the present state, with what was written into the groups."""
+        written = self._written()
+        pieces = {}
+        for block, joint in self._joint.items():
+            of_group = {GROUP + key: value for key, value in written[joint].items()}
+            pieces[block] = copied({**self._optimizer.state.get(joint, {}), **of_group})
+        return Joined(pieces, {})
+
+
+def _load(optimizer: Optimizer, group: dict[str, Any], param: Tensor, entry: Mapping[str, Any]) -> None:
+    """Put one parameter's state into an optimizer, and what belongs there into its group."""
+    own = copied(entry)
+    for key in [key for key in own if key.startswith(GROUP)]:
+        group[key.removeprefix(GROUP)] = own.pop(key)
+    if own:
+        optimizer.state[param] = own
 
 
 def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,20 +289,23 @@ class DifferentiableTorchOptimizer(higher.optim.DifferentiableOptimizer):
         super().__init__(other, *args, **kwargs)
         self._rule: UpdateRule = other.rule
         self.named_state: State = other.initial
+        self.named_params: Tensors = {}  # what the next step starts from
         self._overrides: Overrides = {}
 
     def release(self) -> None:
         """Let go of weights and state, which would keep the graph alive until the next garbage collection."""
-        self.param_groups, self.named_state, self._fmodel = [], {}, None
+        self.param_groups, self.named_params, self.named_state, self._fmodel = [], {}, {}, None
 
     def _apply_override(self, override: Any) -> None:
         self._overrides = override
 
     def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
-        (group,), (grads,), names = self.param_groups, grouped_grads, self._rule.names
-        params, gradients = dict(zip(names, group["params"], strict=True)), dict(zip(names, grads, strict=True))
-        params, self.named_state = self._rule.step(params, gradients, self.named_state, self._overrides)
-        group["params"] = list(params.values())
+        (group,), (grads,) = self.param_groups, grouped_grads
+        gradients = dict(zip(self._rule.names, grads, strict=True))
+        self.named_params, self.named_state = self._rule.step(
+            self.named_params, gradients, self.named_state, self._overrides
+        )
+        group["params"] = [self.named_params[name] for name in self._rule.names]
 
 
 higher.register_optim(HigherOptimizer, DifferentiableTorchOptimizer)  # pyright: ignore[reportArgumentType]

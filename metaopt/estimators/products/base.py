@@ -46,13 +46,13 @@ class Product(ABC):
 
         Args:
             loss: (params, others) → scalar; deterministic, so that it can be evaluated again.
-            params: θ, detached.
+            params: θ as it is held (several parameters may be one tensor), detached.
             others: meta-parameters and upstream weights, detached.
             wanted: what may be left out.
 
         Returns:
-            `∂L/∂θ` (None where the loss does not use a parameter, or where it is not wanted), and
-            `u ↦ (u·∂²L/∂θ², u·∂²L/∂θ∂others)`.
+            `∂L/∂θ` of each parameter (None where the loss does not use it, or where it is not wanted), and
+            `u ↦ (u·∂²L/∂θ², u·∂²L/∂θ∂others)`, u of each parameter, the first of these as θ is held.
         """
 
 
@@ -70,7 +70,9 @@ class DoubleBackward(Product):
         """Build the gradient with its graph; the pullback walks that graph."""
         with torch.enable_grad():
             at, beside = leaves(params), leaves(others)
-            gradients = torch.autograd.grad(loss(at, beside), at, create_graph=True, allow_unused=True)
+            weights = loss.named(at)
+            value = loss(weights, beside)
+            gradients = torch.autograd.grad(value, list(weights.values()), create_graph=True, allow_unused=True)
         if loss.is_last:
             refuse_single_derivative(dict(enumerate(gradients)), loss.loop.name)
 

@@ -119,25 +119,27 @@ class _Program:
         self.checked = False
         self._anchors, self._num_params = loss.anchors, len(params)  # their ids are in the signature
         self._shown: list[list[bool]] = []  # of gradient and products: which are not None
+        named = list(loss.named(params).values())
         num_params, end = len(params), len(params) + len(others)
 
         def joint(inputs: list[Tensor]) -> list[Tensor]:
             """(params, others, context, u) → loss, gradient, products, without the entries that are None."""
             with torch.enable_grad():
                 at, beside = leaves(inputs[:num_params]), leaves(inputs[num_params:end])
-                value = loss(at, beside, inputs[end:-num_params])
+                weights = loss.named(at)
+                value = loss(weights, beside, inputs[end : -len(named)])
                 shown = value.detach().clone()
-                graph = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
+                graph = torch.autograd.grad(value, list(weights.values()), create_graph=True, allow_unused=True)
                 below = at if wanted.params else []
-                products = linearized(graph, inputs[-num_params:], [*below, *beside])
+                products = linearized(graph, inputs[-len(named) :], [*below, *beside])
             products = [None] * (num_params - len(below)) + products
             gradients = [g.detach() if g is not None and wanted.gradient else None for g in graph]
             self._shown = [[t is not None for t in part] for part in (gradients, products)]
             return [shown, *(t for t in (*gradients, *products) if t is not None)]
 
-        inputs = [*params, *others, *loss.context, *(torch.zeros_like(p) for p in params)]
+        inputs = [*params, *others, *loss.context, *map(torch.zeros_like, named)]
         graph = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(inputs)
-        self._before, self._after = _split(graph, len(inputs) - num_params, sum(self._shown[0]))
+        self._before, self._after = _split(graph, len(inputs) - len(named), sum(self._shown[0]))
 
     def start(
         self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor]
@@ -145,9 +147,10 @@ class _Program:
         """Run the first graph, which gives the loss too; the pullback runs the second."""
         with torch.no_grad(), loss.replaying():
             value, gradients, kept = self._before(*params, *others, *loss.context)
+        named = loss.named(params).values()
 
         def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
-            given = [torch.zeros_like(p) if u is None else u for p, u in zip(params, cotangents, strict=True)]
+            given = [torch.zeros_like(p) if u is None else u for p, u in zip(named, cotangents, strict=True)]
             with torch.no_grad():
                 found = _placed(self._after(*kept, *given), self._shown[1])
             return found[: self._num_params], found[self._num_params :]

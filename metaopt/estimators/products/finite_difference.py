@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,33 +39,41 @@ class FiniteDifference(Product):
         self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted
     ) -> tuple[Cotangents, Pullback]:
         """Compute the gradient, if it is wanted; the pullback computes two more."""
-        num_params = len(params)
-        skipped = 0 if wanted.params else num_params
+        named = loss.named(params)
 
-        def gradients(at: Sequence[Tensor], start: int, end: int | None) -> Cotangents:
+        def derivatives(weights: Mapping[str, Tensor], beside: Sequence[Tensor], by: Sequence[Tensor]) -> Cotangents:
+            value = loss(weights, beside)
+            if loss.is_last:
+                refuse_given_weights(value, loss.loop.name)
+            return list(torch.autograd.grad(value, by, allow_unused=True)) if by else []
+
+        def moved(along: Sequence[Tensor], step: Tensor) -> tuple[Cotangents, Cotangents]:
+            """Return the first derivatives at θ + step · along: by θ as it is held, and by the others."""
             with torch.enable_grad():
-                inputs = [*leaves(at), *leaves(others)]
-                value = loss(inputs[:num_params], inputs[num_params:])
-                if loss.is_last:
-                    refuse_given_weights(value, loss.loop.name)
-                asked = inputs[start:end]
-                found = torch.autograd.grad(value, asked, allow_unused=True) if asked else ()
-            return [None] * start + list(found)
+                at, beside = leaves(params), leaves(others)
+                weights = {n: w + step * u for (n, w), u in zip(loss.named(at).items(), along, strict=True)}
+                by = at if wanted.params else []
+                found = derivatives(weights, beside, [*by, *beside])
+            return found[: len(by)] or [None] * len(at), found[len(by) :]
+
+        def gradient() -> Cotangents:
+            with torch.enable_grad():
+                weights = dict(zip(named, leaves(list(named.values())), strict=True))
+                return derivatives(weights, others, list(weights.values()))
 
         def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
-            direction = [torch.zeros_like(p) if u is None else u for p, u in zip(params, cotangents, strict=True)]
-            length = _norm(direction)
+            along = [torch.zeros_like(p) if u is None else u for p, u in zip(named.values(), cotangents, strict=True)]
+            length = _norm(along)
             if float(length) == 0.0:
-                return [None] * num_params, [None] * len(others)
+                return [None] * len(params), [None] * len(others)
             relative = self.epsilon or torch.finfo(params[0].dtype).eps ** (1 / 3)
             step = relative * (1 + _norm(params)) / length
-            above = gradients([p + step * u for p, u in zip(params, direction, strict=True)], skipped, None)
-            below = gradients([p - step * u for p, u in zip(params, direction, strict=True)], skipped, None)
-            pairs = zip(above, below, strict=True)
-            found = [None if a is None or b is None else (a - b) / (2 * step) for a, b in pairs]
-            return found[:num_params], found[num_params:]
+            above, below = moved(along, step), moved(along, -step)
+            pairs = (zip(a, b, strict=True) for a, b in zip(above, below, strict=True))
+            found = [[None if a is None or b is None else (a - b) / (2 * step) for a, b in both] for both in pairs]
+            return found[0], found[1]
 
-        return gradients(params, 0, num_params) if wanted.gradient else [None] * num_params, pullback
+        return gradient() if wanted.gradient else [None] * len(named), pullback
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
