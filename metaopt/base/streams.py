@@ -132,10 +132,11 @@ class BatchStream:
     def _fetch(self) -> Any:
         epoch, position, _ = self._frontier
         try:
-            with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_states():
-                if self._iterator is None:
-                    self._iterator = iter(self._batches)
-                batch = next(self._iterator)
+            if type(self._batches) in (list, tuple):  # which draw nothing
+                batch = self._next()
+            else:
+                with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_states():
+                    batch = self._next()
         except StopIteration:
             if position == 0:
                 raise ConfigError("batches: there is not a single batch; check the data set and drop_last") from None
@@ -143,6 +144,11 @@ class BatchStream:
             return self._fetch()
         self._frontier = self._frontier._replace(position=position + 1)
         return batch
+
+    def _next(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self._batches)
+        return next(self._iterator)
 
     @contextmanager
     def _own_generator_states(self) -> Iterator[None]:

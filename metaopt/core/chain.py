@@ -220,7 +220,14 @@ class Chain:
             for tensor in (*module.parameters(), *module.buffers()):
                 now += [id(tensor), type(tensor), tensor.requires_grad]
         for stage in self.stages.values():
-            now += [_as_it_is(stage.model), stage.estimator, stage.overrides, stage.initial, stage.transform]
+            now += [
+                _as_it_is(stage.model),
+                stage.loss,
+                stage.estimator,
+                stage.overrides,
+                stage.initial,
+                stage.transform,
+            ]
         if now == self._checked:
             return
         self._note_owners()

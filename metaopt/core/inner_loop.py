@@ -60,6 +60,7 @@ class InnerLoop:
         first_step: inner steps that the stage has taken before; a loss reads `model.step`.
         owners: `id` → name of every parameter of the chain's own modules.
         read: the names of the tensors with which the loss of the first step has called the model.
+        seen: what of the loss's graph has been looked through since the stage was checked.
     """
 
     name: str
@@ -76,6 +77,7 @@ class InnerLoop:
     first_step: int
     owners: Mapping[int, str]
     read: set[frozenset[str]]
+    seen: set[str]
     beside: set[str] = field(default_factory=set, init=False)  # read by the loss, of each step another, and no tensor
     _opened: bool = field(default=False, init=False, repr=False)
     _started: tuple[AnyMetaParameters, Upstream] | None = field(default=None, init=False, repr=False)
@@ -123,9 +125,6 @@ class InnerLoop:
     @contextmanager
     def opened(self, upstream: Upstream) -> Iterator[None]:
         """Do once what every step needs: keep the random state, and have the modules in their modes, until the end."""
-        if self._opened:
-            yield
-            return
         with ExitStack() as stack:
             stack.enter_context(kept_random_state(self.device))
             for model in upstream.values():
@@ -153,15 +152,18 @@ class InnerLoop:
         """
         torch.clear_autocast_cache()  # it would keep the low-precision copy of a weight that has moved since
         micro = self.batches[t] if batches is None else batches
-        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        own = {name: buffer.clone() for name, buffer in buffers.items()} if buffers else {}
         moved, given = dict(own), as_given(meta_params)
         model = InnerModel(self.structure, params, moved, training=True, call=call)
         model.read_step = functools.partial(self._read_step, t)
         model.read = self.read if t == 0 else None
-        with telling(lambda: self._said_of_loss(t, micro)), self.opened(upstream), self.casting():
+        ready = nullcontext() if self._opened else self.opened(upstream)
+        with telling(lambda: self._said_of_loss(t, micro)), ready, self.casting():
             set_seed(self.seeds[t], self.device)
             losses = [self._loss(model, batch, given, upstream) for batch in micro]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if not buffers:
+            return loss, buffers
         # The version says nothing of floating ones: batch norm's kernel moves its statistics without a new one.
         still = {n for n, b in moved.items() if b is own[n] and b._version == 0 and not b.is_floating_point()}
         return loss, {n: buffers[n] if n in still else b for n, b in moved.items()}
@@ -207,11 +209,15 @@ class InnerLoop:
 
     def check_graph(self, loss: Tensor) -> None:
         """Raise if the first step's loss runs through a module's own weights instead of the copies in training."""
-        refuse_graph(loss, self.owners, self.name)
+        if "loss" not in self.seen:
+            refuse_graph(loss, self.owners, self.name)
+            self.seen.add("loss")
 
     def check_gradients(self, gradients: Gradients) -> None:
         """Raise if the first step's loss depends on none of the trained parameters, or has no second derivative."""
-        refuse_single_derivative(gradients, self.name)
+        if "gradient" not in self.seen and any(g is not None and g.requires_grad for g in gradients.values()):
+            refuse_single_derivative(gradients, self.name)
+            self.seen.add("gradient")
         if set(gradients.values()) == {None}:
             raise StageError(
                 f"the loss of stage {self.name!r} depends on none of the {len(gradients)} parameters that it trains; "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError
-from metaopt.core.view import ModelStructure
+from metaopt.core.view import ModelStructure, held
 
 
 class MetaParameters(nn.Module):
@@ -110,12 +110,25 @@ def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-@contextmanager
-def rebound(meta_params: AnyMetaParameters, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+class Lending:
+    """Meta-parameters that are lent other tensors, again and again: `with lending(tensors): ...`."""
+
+    def __init__(self, meta_params: AnyMetaParameters) -> None:
+        self.meta_params = meta_params
+        structures = {prefix: ModelStructure(module) for prefix, module in as_named(meta_params).items()}
+        self._lent = [(prefix, structure, structure.params) for prefix, structure in structures.items()]
+
+    @contextmanager
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let them have other tensors inside the block, by the names of `named_tensors`."""
+        with ExitStack() as stack:
+            for prefix, structure, own in self._lent:
+                given = {name: tensors.get(_joined(prefix, name), p) for name, p in own.items()}
+                stack.enter_context(held(structure.modules))
+                stack.enter_context(structure.swap(given, structure.buffers))
+            yield
+
+
+def rebound(meta_params: AnyMetaParameters, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """Let meta-parameters, of modules only, have other tensors inside the block, by the names of `named_tensors`."""
-    with ExitStack() as stack:
-        for prefix, module in as_named(meta_params).items():
-            structure = ModelStructure(module)
-            given = {name: tensors.get(_joined(prefix, name), p) for name, p in structure.params.items()}
-            stack.enter_context(structure.swap(given, structure.buffers))
-        yield
+    return Lending(meta_params)(tensors)

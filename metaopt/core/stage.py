@@ -105,6 +105,7 @@ class Stage:
         self.seed = draw_seed() if seed is None else seed
         self._steps, self._schedule_steps, self._resets = 0, 0, 0
         self._read: set[frozenset[str]] = set()  # see `Training`
+        self._seen: set[str] = set()
         self._factory = None if isinstance(model, nn.Module) else model
         self.model: nn.Module = model if isinstance(model, nn.Module) else self._draw_model(model)
         refuse_unusable(self.model, "Stage")
@@ -129,6 +130,7 @@ class Stage:
 
     def check(self, name: str, meta_params: AnyMetaParameters) -> None:
         """Raise if the stage, of this name, cannot be differentiated or a slot misreads the meta-parameters."""
+        self._seen.clear()
         refuse_unsupported(self.model, name)
         trained = set(self.rule.names)
         frozen = [n for n, p in self.structure.params.items() if n in trained and not p.requires_grad]
@@ -184,6 +186,7 @@ class Stage:
             first_step=self._schedule_steps,
             owners=owners,
             read=self._read,
+            seen=self._seen,
         )
 
     def _draw_batches(self, upstream: Upstream, count: int) -> list[Any]:

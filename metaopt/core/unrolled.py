@@ -15,6 +15,7 @@ from metaopt.core.graphs import behind_boundary, models_behind_boundary
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import Tensors
+from metaopt.optimizers.flattened import named
 from metaopt.optimizers.rule import HigherOptimizer
 
 
@@ -36,7 +37,8 @@ class Unrolled(Estimator):
             seen = models_behind_boundary(upstream)
             for t in range(loop.num_steps):
                 params = behind_boundary(params)
-                loss, buffers = loop.loss_at(t, {**loop.frozen, **params}, buffers, meta_params, seen, fast.call)
+                own = {**loop.frozen, **named(params)}
+                loss, buffers = loop.loss_at(t, own, buffers, meta_params, seen, fast.call)
                 if t == 0:
                     loop.check_graph(loss)
                 params = fast.step(t, loss, params, loop.hyperparameters(t, meta_params))
@@ -73,10 +75,10 @@ class HigherLoop:
 
     def step(self, t: int, loss: Tensor, params: Tensors, hyperparameters: Mapping[str, Any]) -> Tensors:
         """Take inner step t by `higher`: the gradient of `loss`, then the update."""
-        self._diffopt.named_params = params
+        self._diffopt.named_params, by_name = params, named(params)
         self._diffopt.step(
             loss,
-            params=[params[name] for name in self._names],
+            params=[by_name[name] for name in self._names],
             override=hyperparameters,
             grad_callback=functools.partial(self._transformed, t),
         )
@@ -86,8 +88,7 @@ class HigherLoop:
         by_name = dict(zip(self._names, gradients, strict=True))
         if t == 0:
             self._loop.check_gradients(by_name)
-        given = self._loop.transformed(by_name)
-        return [given[name] for name in self._names]
+        return list(self._loop.transformed(by_name).values())
 
 
 class _View(nn.Module):
@@ -95,12 +96,11 @@ class _View(nn.Module):
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self.keys = [f"p{i}" for i in range(len(params))]
-        for key, param in zip(self.keys, params.values(), strict=True):
-            self.register_parameter(key, param)
+        for i, param in enumerate(params.values()):
+            self.register_parameter(f"p{i}", param)
 
     def forward(self, run: Callable[[Sequence[Tensor]], Any]) -> Any:
-        return run([getattr(self, key) for key in self.keys])
+        return run(list(self._parameters.values()))
 
 
 @contextmanager

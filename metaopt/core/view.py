@@ -72,6 +72,7 @@ class ModelStructure:
         self.stage = ""  # whose model it is, for messages
         self.unsaid: list[str] | None = None  # for the first read in eval mode; None until it was looked into
         self._ready: tuple[int, bool] | None = None  # thread and mode, inside `ready`
+        self._buffered = [submodule._buffers for submodule in self.modules if submodule._buffers]
         self._recurrent = [submodule for submodule in self.modules if isinstance(submodule, nn.RNNBase)]
         self._normed = any(type(submodule).__name__ == "_WeightNorm" for submodule in self.modules)
         params, buffers = {id(p): n for n, p in self.params.items()}, {id(b): n for n, b in self.buffers.items()}
@@ -94,28 +95,27 @@ class ModelStructure:
 
         Buffers are moved in place by the module's own forward; one that is assigned anew is written to `buffers`.
         """
-        with held(self.modules):
-            empty = [(m._buffers, key) for m in self.modules for key, buffer in m._buffers.items() if buffer is None]
-            versions = list(map(_version, params.values()))
-            own = []
-            try:
-                for slots, lent in ((self._param_slots, params), (self._buffer_slots, buffers)):
-                    for tensors, key, name in slots:
-                        own.append((tensors, key, tensors[key]))
-                        tensors[key] = lent[name]
-                yield self.module
-            finally:
-                for tensors, key, name in self._buffer_slots:
-                    buffers[name] = tensors[key]
-                for tensors, key, tensor in own:
-                    tensors[key] = tensor
-                late = [key for tensors, key in empty if tensors[key] is not None]
-                for tensors, key in empty:
-                    tensors[key] = None
-                for submodule in self._recurrent:
-                    submodule._init_flat_weights()  # they cache their weights in a list, which would keep the graph
-                if list(map(_version, params.values())) != versions:
-                    self._refuse_writing(params, versions)
+        empty = [(own, key) for own in self._buffered for key, buffer in own.items() if buffer is None]
+        versions = list(map(_version, params.values()))
+        own = []
+        try:
+            for slots, lent in ((self._param_slots, params), (self._buffer_slots, buffers)):
+                for tensors, key, name in slots:
+                    own.append((tensors, key, tensors[key]))
+                    tensors[key] = lent[name]
+            yield self.module
+        finally:
+            for tensors, key, name in self._buffer_slots:
+                buffers[name] = tensors[key]
+            for tensors, key, tensor in own:
+                tensors[key] = tensor
+            late = [key for tensors, key in empty if tensors[key] is not None]
+            for tensors, key in empty:
+                tensors[key] = None
+            for submodule in self._recurrent:
+                submodule._init_flat_weights()  # they cache their weights in a list, which would keep the graph
+            if list(map(_version, params.values())) != versions:
+                self._refuse_writing(params, versions)
         if late:
             raise StageError(
                 f"the model fills a buffer in its forward that was None before ({', '.join(late)}), so it cannot be "
@@ -136,12 +136,9 @@ class ModelStructure:
 
         Attention runs in the math kernel: the fused ones have no second derivative.
         """
-        before, now = self._ready, (threading.get_ident(), training)
-        if before == now:
-            yield
-            return
         with held(self.modules), sdpa_kernel(SDPBackend.MATH):
-            modes, self._ready = list(map(_mode, self.modules)), now
+            modes, before = list(map(_mode, self.modules)), self._ready
+            self._ready = threading.get_ident(), training
             try:
                 self.module.train(training)
                 yield
@@ -154,7 +151,9 @@ class ModelStructure:
     def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
         """Lend the module these tensors, in train or eval mode."""
         normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
-        with self.ready(training), self.swap(params, buffers) as module, _refusing_recomputation(), normed:
+        is_ready = self._ready == (threading.get_ident(), training)
+        ready = nullcontext() if is_ready else self.ready(training)
+        with ready, self.swap(params, buffers) as module, _refusing_recomputation(), normed:
             yield module
 
     def call(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool, args: Any, kwargs: Any) -> Any:

@@ -123,6 +123,8 @@ def split_tensors(tree: Any) -> tuple[list[Tensor], Callable[[Iterable[Tensor]],
 
 def put_tree(place: Place, tree: Any) -> Callable[[], Any]:
     """Give the tensors of a nested structure to a place; the returned function rebuilds the structure."""
+    if place is on_device:
+        return lambda: tree
     tensors, around = split_tensors(tree)
     fetch = place(tensors)
     return lambda: around(fetch())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,13 @@ from torch.utils import _pytree as pytree
 from metaopt.base.streams import seeded
 from metaopt.core.contracts import Upstream
 from metaopt.core.inner_loop import InnerLoop
-from metaopt.core.meta_params import AnyMetaParameters, as_named, rebound
+from metaopt.core.meta_params import AnyMetaParameters, Lending, as_named
 from metaopt.core.view import Models
 from metaopt.estimators.places import split_tensors
 from metaopt.estimators.storage import StepRecord
-from metaopt.optimizers.flattened import Joined
+from metaopt.optimizers.flattened import Joined, named
 
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
-ABSENT: Any = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -31,7 +31,7 @@ class StepLoss:
 
     Args:
         t, record: the step, and what it was at.
-        loop, meta_params: as in the inner loop.
+        loop, lend: the inner loop, and its meta-parameters.
         upstream: trained models outside the graph.
         keys: what `others` are, in order.
         settings: see `settings_of`.
@@ -40,20 +40,43 @@ class StepLoss:
     t: int
     record: StepRecord
     loop: InnerLoop
-    meta_params: AnyMetaParameters
+    lend: Lending
     upstream: Upstream
     keys: Sequence[Key]
     settings: Hashable = None
 
-    def __post_init__(self) -> None:
-        self._tree: dict[str, Any] = {
+    @functools.cached_property
+    def _tree(self) -> dict[str, Any]:
+        return {
             "batches": list(self.loop.batches[self.t]),
             "buffers": self.record.buffers,
             "frozen": self.loop.frozen,
-            "upstream": {n: (dict(m.params), dict(m.buffers)) for n, m in self.upstream.items()},
+            "upstream": {n: (m.params, m.buffers) for n, m in self.upstream.items()},
         }
-        self.context, self._around = split_tensors(self._tree)  # what is read and not differentiated
-        self.params, self._named = split_tensors(self.record.params)  # as they are held: some of them joined
+
+    @functools.cached_property
+    def _split(self) -> tuple[list[Tensor], Callable[[Any], Any]]:
+        return split_tensors(self._tree)
+
+    @property
+    def context(self) -> list[Tensor]:
+        """What is read and not differentiated."""
+        return self._split[0]
+
+    @functools.cached_property
+    def params(self) -> list[Tensor]:
+        """The weights as they are held: some of them joined."""
+        own = self.record.params
+        return [*own.pieces.values(), *own.alone.values()] if isinstance(own, Joined) else list(own.values())
+
+    def held(self, tensors: Sequence[Any]) -> Mapping[str, Any]:
+        """Return tensors like `params` as a mapping from names; a None is left out."""
+        own = self.record.params
+        pieces, alone = (own.pieces, own.alone) if isinstance(own, Joined) else ({}, own)
+        found = zip([*pieces, *alone], tensors, strict=True)
+        present = {key: tensor for key, tensor in found if tensor is not None}
+        blocks = {key: present[key] for key in pieces if key in present}
+        return Joined(blocks, {key: present[key] for key in alone if key in present})
 
     @property
     def is_last(self) -> bool:
@@ -82,23 +105,15 @@ class StepLoss:
         """Return the random state in which the step's loss is evaluated."""
         return seeded(self.loop.seeds[self.t], self.loop.device)
 
-    def present(self, tensors: Sequence[Tensor | None]) -> Mapping[str, Tensor]:
-        """Return those that there are of tensors like `params`."""
-        held = self._named([x if x is not None else ABSENT for x in tensors])
-        if not isinstance(held, Joined):
-            return {name: x for name, x in held.items() if x is not ABSENT}
-        pieces, alone = ({k: x for k, x in part.items() if x is not ABSENT} for part in (held.pieces, held.alone))
-        return Joined(pieces, alone)
-
     def named(self, params: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return weights that are held as `params` by name, in their graph."""
-        return dict(self._named(params))
+        return named(self.held(params))
 
     def __call__(
         self, params: Mapping[str, Tensor], others: Sequence[Tensor], context: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Return the loss at these weights, meta-parameters and upstream weights; `context` replaces the step's."""
-        tree: dict[str, Any] = self._tree if context is None else self._around(context)
+        tree: dict[str, Any] = self._tree if context is None else self._split[1](context)
         given: dict[Key, Tensor] = dict(zip(self.keys, others, strict=True))
         weights = {**tree["frozen"], **params}
         models = Models()
@@ -106,8 +121,8 @@ class StepLoss:
             own, buffers = tree["upstream"][stage]
             lent = {n: x for (of, n), x in given.items() if of == stage}
             models[stage] = model.with_params({**own, **lent}, buffers=buffers)
-        with rebound(self.meta_params, {name: x for (stage, name), x in given.items() if stage is None}):
-            at = (self.t, weights, tree["buffers"], self.meta_params, models)
+        with self.lend({name: x for (stage, name), x in given.items() if stage is None}):
+            at = (self.t, weights, tree["buffers"], self.lend.meta_params, models)
             return self.loop.loss_at(*at, batches=tree["batches"])[0]
 
 

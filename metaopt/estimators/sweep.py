@@ -19,7 +19,7 @@ from metaopt.base.errors import StageError
 from metaopt.core.contracts import Upstream
 from metaopt.core.graphs import graph_leaves, refuse_second_derivative
 from metaopt.core.inner_loop import InnerLoop, InnerResult
-from metaopt.core.meta_params import AnyMetaParameters, named_tensors, rebound
+from metaopt.core.meta_params import AnyMetaParameters, Lending, named_tensors
 from metaopt.core.plain import PlainSteps
 from metaopt.core.view import Models, Tensors
 from metaopt.estimators.products.base import Product, Wanted
@@ -53,6 +53,7 @@ class Sweep:
     ) -> None:
         self.loop, self.meta_params, self.upstream, self.product = loop, meta_params, upstream, product
         self.first, self.first_order = first, first_order
+        self._lend = Lending(meta_params)
         plain = Models({name: model.detach() for name, model in upstream.items()})
 
         def steps_from(
@@ -84,7 +85,7 @@ class Sweep:
         """Run every step with torch's own optimizer, and keep what the backward needs."""
         loop, losses = self.loop, []
         initial = dict(zip(loop.rule.names, start, strict=True))
-        with loop.opened(self._plain), rebound(self.meta_params, self._plain_meta):
+        with loop.opened(self._plain), self._lend(self._plain_meta):
             steps = self._steps_from(initial, loop.rule.initial_state(), loop.start_buffers())
             for t in range(loop.num_steps):
                 self.tape.record(t, steps)
@@ -154,7 +155,7 @@ class Sweep:
 
     def rebuild(self, t: int, free: bool) -> StepRecord:
         """Return step t as it was."""
-        with rebound(self.meta_params, self._plain_meta):
+        with self._lend(self._plain_meta):
             return replace(self.tape.rebuild(t, free), loss=self._losses.get(t))
 
     def step_back(self, t: int, record: StepRecord, above: Below, others: dict[Key, Tensor]) -> Below:
@@ -168,7 +169,7 @@ class Sweep:
     def linearize(self, t: int, record: StepRecord, wanted: Wanted) -> tuple[Any, Any]:
         """Return step t's gradient, and (u, sums) ↦ u·∂²L/∂θ² by name; u·∂²L/∂θ∂others is added to `sums`."""
         given = [x.detach() for x in self.others.values()]
-        loss = StepLoss(t, record, self.loop, self.meta_params, self._plain, list(self.others), self._settings)
+        loss = StepLoss(t, record, self.loop, self._lend, self._plain, list(self.others), self._settings)
         gradient, pull = self.product.linearize(loss, loss.params, given, wanted)
 
         def pullback(cotangents: Mapping[str, Tensor], sums: dict[Key, Tensor] | None) -> Mapping[str, Tensor]:
@@ -176,7 +177,7 @@ class Sweep:
             if sums is not None:
                 for key, cotangent in zip(self.others, beside, strict=True):
                     add(sums, key, cotangent)
-            return loss.present(second)
+            return loss.held(second)
 
         return gradient, pullback
 
@@ -185,7 +186,7 @@ class Sweep:
     ) -> tuple[Below, Mapping[str, Tensor]]:
         """Pull cotangents back through `update`: to what was before the step, and to the raw gradient."""
         meta = self._plain_meta
-        below, of_gradient, learned = update_vjp(self.loop, t, record, gradient, meta, self.meta_params, above)
+        below, of_gradient, learned = update_vjp(self.loop, t, record, gradient, meta, self._lend, above)
         for name, cotangent in learned.items():
             add(others, (None, name), cotangent)
         return below, of_gradient

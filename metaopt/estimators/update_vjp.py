@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from metaopt.core.inner_loop import InnerLoop
-from metaopt.core.meta_params import AnyMetaParameters, rebound
+from metaopt.core.meta_params import Lending
 from metaopt.core.view import Tensors
 from metaopt.estimators.products.base import leaves, linearized
 from metaopt.estimators.storage import StepRecord
-from metaopt.optimizers.flattened import Block, Joined, JointStep
+from metaopt.optimizers.flattened import Block, Joined, JointStep, but
 from metaopt.optimizers.kinds import carries_gradient, per_element
 
 MOST_ELEMENTS = 2**16  # of what a step computes between: it stays in the processor's cache, and below the model's size
@@ -35,7 +35,7 @@ def update_vjp(
     record: StepRecord,
     gradient: Mapping[str, Tensor | None],
     learned: Tensors,
-    meta_params: AnyMetaParameters,
+    lend: Lending,
     above: Below,
 ) -> tuple[Below, Mapping[str, Tensor], Tensors]:
     """Return the cotangents of what goes into `update`, from those of what comes out.
@@ -44,7 +44,7 @@ def update_vjp(
         loop, t, record: the step, and what it was at.
         gradient: raw, before the transform; None where the loss does not use a parameter.
         learned: values of the meta-parameters by name.
-        meta_params: where they live.
+        lend: where they live.
         above: cotangents of the weights and state after the step.
 
     Returns:
@@ -52,10 +52,10 @@ def update_vjp(
     """
     learned = as_leaves(learned)
     of_learned: Tensors = {}
-    with torch.enable_grad(), rebound(meta_params, learned):
+    with torch.enable_grad(), lend(learned):
         raw = as_leaves({n: g for n, g in gradient.items() if g is not None}) if loop.transform is not None else {}
         given = loop.transformed({**gradient, **raw} if raw else gradient)
-        hyperparameters = loop.hyperparameters(t, meta_params)
+        hyperparameters = loop.hyperparameters(t, lend.meta_params)
         read = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(hyperparameters))
         steps = list(loop.rule.parts(record.params, given, record.state, hyperparameters))
         above_state = _by_block([step.block for step in steps], above.state)
@@ -77,9 +77,8 @@ def update_vjp(
 
 def _joined(pieces: Mapping[Block, Any], above: Mapping[str, Any]) -> Joined:
     """Return what the blocks have, and of the parameters that no step has moved what they had."""
-    stepped = {name for block in pieces for name in block.names}
     present = {block: value for block, value in pieces.items() if value is not None and len(value)}
-    return Joined(present, {name: value for name, value in above.items() if name not in stepped})
+    return Joined(present, but(above, pieces))
 
 
 def _by_block(blocks: Sequence[Block], state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -170,9 +169,9 @@ def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:
 
 def added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return the sums of cotangents by parameter name, in the blocks of both if they have the same."""
-    if isinstance(one, Joined) and isinstance(other, Joined) and not (one.alone or other.alone):
-        if one.pieces.keys() == other.pieces.keys():
-            return Joined({block: piece + other.pieces[block] for block, piece in one.pieces.items()}, {})
+    held = [x.pieces for x in (one, other) if isinstance(x, Joined) and not x.alone]
+    if len(held) == 2 and held[0].keys() == held[1].keys():
+        return Joined({block: piece + held[1][block] for block, piece in held[0].items()}, {})
     sums = dict(one)
     for name, cotangent in other.items():
         add(sums, name, cotangent)

@@ -140,7 +140,7 @@ def soft_label_loss(logits: Tensor, target: Tensor, labels: Tensor | None, tempe
     all).
     """
     require_same_classes(logits, target)
-    log_q, log_p = (F.log_softmax(z / temperature, dim=-1) for z in (logits, target))
+    log_q, log_p = [F.log_softmax(z / temperature, dim=-1) for z in (logits, target)]
     divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     counts = None if labels is None else labels != IGNORED
     return temperature**2 * mean_over_positions(divergence, counts).mean()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ class Block:
             return {key: self.join(each[key]) if per_element(key, value) else value for key, value in first.items()}
         if not self.flat:
             return first
-        parts = [values[name].reshape(-1) for name in self.names]
+        parts = [v if v.dim() == 1 else v.reshape(-1) for v in map(values.__getitem__, self.names)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, joint: Any) -> dict[str, Any]:
@@ -52,11 +54,11 @@ class Block:
         if not self.flat:
             return {self.names[0]: joint}
         parts = zip(self.names, joint.split(self.sizes), self._shapes, strict=True)
-        return {name: part.view(shape) for name, part, shape in parts}
+        return {name: part if len(shape) == 1 else part.view(shape) for name, part, shape in parts}
 
 
 class Joined(Mapping[str, Any]):
-    """Values by parameter name, some of them held as one of their block, and split when a name is first asked for.
+    """Values by parameter name, some of them held as one of their block, and split when one is first asked for.
 
     Args:
         pieces: block → the value of its names.
@@ -64,24 +66,39 @@ class Joined(Mapping[str, Any]):
     """
 
     def __init__(self, pieces: Mapping[Block, Any], alone: Mapping[str, Any]) -> None:
-        self.pieces, self.alone = dict(pieces), dict(alone)
-        self._of = {name: block for block in pieces for name in block.names}
-        self._split: dict[Block, dict[str, Any]] = {}
+        self.pieces, self.alone = pieces, alone
+
+    @functools.cached_property
+    def named(self) -> dict[str, Any]:
+        """All values by name."""
+        found: dict[str, Any] = {}
+        for block, value in self.pieces.items():
+            found.update(block.split(value))
+        return {**found, **self.alone}
 
     def __getitem__(self, name: str) -> Any:
-        block = self._of.get(name)
-        if block is None:
-            return self.alone[name]
-        if block not in self._split:
-            self._split[block] = block.split(self.pieces[block])
-        return self._split[block][name]
+        return self.named[name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._of
-        yield from self.alone
+        return itertools.chain(*(block.names for block in self.pieces), self.alone)
 
     def __len__(self) -> int:
-        return len(self._of) + len(self.alone)
+        return len(list(iter(self)))
+
+
+def named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by name, split where they are joined."""
+    return values.named if isinstance(values, Joined) else dict(values)
+
+
+def but(values: Mapping[str, Any], blocks: Collection[Block]) -> dict[str, Any]:
+    """Return the values of the names that these blocks do not have."""
+    if isinstance(values, Joined) and values.pieces.keys() <= set(blocks):
+        values = values.alone
+    if not values:
+        return {}
+    taken = {name for block in blocks for name in block.names}
+    return {name: value for name, value in values.items() if name not in taken}
 
 
 def _children(joined: Joined) -> tuple[list[Any], tuple[Any, ...]]:

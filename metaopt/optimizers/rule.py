@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.base.errors import ConfigError, StageError
-from metaopt.optimizers.flattened import Block, Joined, JointStep, State, Tensors
+from metaopt.optimizers.flattened import Block, Joined, JointStep, State, Tensors, but, named
 from metaopt.optimizers.hyperparameters import Group, Overrides, check_overrides, in_graph, with_overrides
 from metaopt.optimizers.kinds import kind_of, per_element
 from metaopt.optimizers.step import GROUP, TorchStep, honours_differentiable, number, shallow
@@ -107,9 +107,7 @@ class UpdateRule:
         for part in self.parts(params, gradients, state, overrides):
             block = part.block
             moved[block], moved_state[block] = part(block.join(params), block.join(gradients), block.join(state))
-        stepped = {name for block in moved for name in block.names}
-        rest, rest_state = ({n: v for n, v in old.items() if n not in stepped} for old in (params, state))
-        return Joined(moved, rest), Joined(moved_state, rest_state)
+        return Joined(moved, but(params, moved)), Joined(moved_state, but(state, moved))
 
     def parts(
         self,
@@ -125,7 +123,7 @@ class UpdateRule:
             groups = with_overrides(self.groups, overrides, together=("lr",) if linear else ())
             groups = [in_graph(group, overrides, linear) for group in groups]
         for group in groups:
-            names = tuple(name for name in group.names if gradients.get(name) is not None)
+            names = tuple([name for name in group.names if gradients.get(name) is not None])
             if self.written and len(names) < len(group.names):
                 raise StageError(
                     f"{type(self.optimizer).__name__} counts steps in its group ({', '.join(self.written)}), and this "
@@ -137,7 +135,8 @@ class UpdateRule:
     def blocks(self, names: tuple[str, ...], params: Tensors, state: State) -> list[Block]:
         """Return the parameters of these names as blocks of such as one step on their concatenation treats alike."""
         known = self._blocks.get(names)
-        if known and all(isinstance(held, Joined) and known in held.pieces for held in (params, state)):
+        held = isinstance(params, Joined) and isinstance(state, Joined) and known in params.pieces
+        if known and held and known in state.pieces:
             return [known]
         found = []
         for alike in map(tuple, self._alike(names, params, state)):
@@ -230,16 +229,16 @@ class InPlace:
         if overrides:
             self._rule.check_overrides(overrides)
         by_name = any(isinstance(value, Mapping) for value in overrides.values())
-        apart = by_name or any(gradient is None for gradient in gradients.values())
-        if apart and any(len(block.names) > 1 for block in self._joint):
+        complete = isinstance(gradients, Joined) or not any(gradient is None for gradient in gradients.values())
+        if (by_name or not complete) and any(len(block.names) > 1 for block in self._joint):
             self._bind(self.params, self.state(), apart=True)
         if overrides or self._overridden:
             self._group(overrides)
             self._overridden = bool(overrides)
         to_change = not honours_differentiable(self._rule.optimizer)  # a step may write into it (torch's never do)
         for block, joint in self._joint.items():
-            given = gradients[block.names[0]] is not None
-            joint.grad = (block.join(gradients).clone() if to_change else block.join(gradients)) if given else None
+            given = block.join(gradients) if complete or gradients[block.names[0]] is not None else None
+            joint.grad = given.clone() if to_change and given is not None else given
         self._optimizer.step()
 
     def weights(self) -> Tensors:
@@ -305,7 +304,8 @@ class DifferentiableTorchOptimizer(higher.optim.DifferentiableOptimizer):
         self.named_params, self.named_state = self._rule.step(
             self.named_params, gradients, self.named_state, self._overrides
         )
-        group["params"] = [self.named_params[name] for name in self._rule.names]
+        moved = named(self.named_params)
+        group["params"] = [moved[name] for name in self._rule.names]
 
 
 higher.register_optim(HigherOptimizer, DifferentiableTorchOptimizer)  # pyright: ignore[reportArgumentType]

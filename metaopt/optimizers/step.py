@@ -235,6 +235,8 @@ class TorchStep:
     """
 
     def __init__(self, optimizer: Optimizer, function: StepFunction | None = None) -> None:
+        step = type(optimizer).step
+        self._step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without torch's profiling around it
         self._template, self._function = shallow(optimizer, [], differentiable=True), function
         self._honours = honours_differentiable(optimizer)
         self._mode = _StayInGraph() if self._honours or function is not None else _Forced()
@@ -259,7 +261,7 @@ class TorchStep:
         # what autograd has saved may be changed in place too
         saving = nullcontext() if self._honours else saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
         with self._mode, saving:
-            stepper.step()
+            self._step(stepper)
         after = {GROUP + k: v for k, v in group.items() if k != "params"}
         written = {k: v for k, v in after.items() if k in state or k.removeprefix(GROUP) not in hyperparameters}
         return param, {**stepper.state[param], **written}
