@@ -21,7 +21,7 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
     try:
         return layer.hypergradient(meta_loss, meta_params, retain_graph)
     except MissingPathError as error:
-        raise explained_by_graph(error, error.names, meta_loss, meta_params) from None
+        raise explained_by_graph(error, meta_loss, meta_params) from None
 
 
 def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,16 +12,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaopt.diagnostics.paths import cuts as catalogue
-from metaopt.diagnostics.paths.cuts import Cut, Operation, Part, Position, Source, gives_number, known, operation
-from metaopt.diagnostics.paths.shaking import shaken
+from metaopt.diagnostics.paths.cuts import (
+    NUMBERS,
+    Cut,
+    Part,
+    Position,
+    Source,
+    known,
+    operation,
+    position,
+    without_grad,
+)
 
 T = TypeVar("T")
-position = functools.partial(catalogue.position, __name__.rpartition(".")[0])
-
 _OF_THE_FIRST = {"to", "type", "type_as", "expand_as", "view_as", "reshape_as"}  # the others only lend shape or dtype
 _WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod")}
 _EACH_ITS_OWN = {"broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"}
+_SAME = 1e-6  # relative distance up to which two runs count as the same
 
 
 class Mark(NamedTuple):
@@ -48,12 +54,8 @@ class _Read:
         self.inputs, self.marks = inputs, [watch.mark(t) for t in inputs]
         self.live = [(t, t.grad_fn) for t in inputs if t.requires_grad]
         self.matters = bool(self.live) or any(mark is not _NONE for mark in self.marks)
+        self.cuts = _union(mark.cuts for mark in self.marks)
         self._watch = watch
-
-    @functools.cached_property
-    def cuts(self) -> frozenset[Cut]:
-        """The cuts behind the inputs."""
-        return _union(mark.cuts for mark in self.marks)
 
     @functools.cached_property
     def carried(self) -> frozenset[Source]:
@@ -79,40 +81,43 @@ class Watch(TorchFunctionMode):
         self.sources: dict[int, tuple[Source, Tensor]] = {}
         self.numbers: set[Cut] = set()
         self.touched: set[Source] = set()
-        self.was_shaken = False
         self._marks: Any = WeakIdKeyDictionary()
         self._aliases: Any = WeakIdKeyDictionary()  # what .data and .detach() return → of what
-        self._part, self._without_graph = Part(""), False
+        self._part = Part("")
         self._stopped_at: Position | None = None
         self._shaken: tuple[Any, ...] | None = None
+        self._was_shaken = False
 
     def add_source(self, source: Source, leaves: Iterable[Tensor]) -> None:
         """Watch what is computed from these leaves."""
         self.sources |= {id(leaf): (source, leaf) for leaf in leaves}
 
-    def run(self, part: Part, function: Callable[[], T], without_graph: bool = False, more: bool = False) -> T:
-        """Return what a function returns that is this part of the chain.
+    def run(self, part: Part, function: Callable[[], T], more: bool = False) -> T:
+        """Return what a function returns that is this part of the chain; `more` goes on with `touched` and `numbers`.
 
-        Args:
-            part: that cuts are noted with.
-            function: to be watched.
-            without_graph: the part has no graph by design, which `close` tells once it is done.
-            more: go on with `touched` and `numbers`.
+        A part that writes has no graph by design, which `close` tells once it is done.
         """
-        self._part, self._without_graph, self._stopped_at = part, without_graph, None
+        self._part, self._stopped_at = part, None
         if not more:
             self.numbers, self.touched = set(), set()
         with self:
             return function()
 
-    @contextmanager
-    def shaking(self, cut: Cut) -> Iterator[None]:
-        """Change the value that leaves this cut, to see whether anything comes of it."""
-        numbers, touched, self._shaken, self.was_shaken = self.numbers, self.touched, cut.key, False
+    def matters(self, cut: Cut, evaluate: Callable[[], list[Any]], values: list[Any]) -> bool:
+        """Return whether a part that gave `values` gives others if the cut lets another value through.
+
+        It does not with one that is only logged.
+        """
+        numbers, touched, self._shaken, self._was_shaken = self.numbers, self.touched, cut.key, False
         try:
-            yield
+            again = evaluate()
+            if not self._was_shaken:
+                return cut not in self.numbers
+        except Exception:
+            return True
         finally:
             self._shaken, self.numbers, self.touched = None, numbers, touched
+        return len(values) != len(again) or not all(map(_alike, values, again))
 
     def mark(self, tensor: Tensor) -> Mark:
         """Return what a tensor has lost."""
@@ -145,7 +150,7 @@ class Watch(TorchFunctionMode):
         for tensor in tensors_in(written):
             mark = self.mark(tensor)
             if of := mark.would_carry | self.sources_of(tensor):
-                cut = Cut(catalogue.without_grad(), mark.written or Position(), self._part, of)
+                cut = Cut(without_grad(), mark.written or Position(), self._part, of)
                 self._marks[tensor] = Mark(mark.cuts | {cut}, True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,11 +164,11 @@ class Watch(TorchFunctionMode):
         output = func(*args, **kwargs)
         if name in ("data", "detach") and isinstance(output, Tensor):
             self._aliases[output] = args[0]
-        if gives_number(name) or tensors_in(output):
+        if name in NUMBERS or tensors_in(output):
             self.touched |= {self.sources[id(t)][0] for t in read.inputs if id(t) in self.sources}
         if not read.matters:
             return output
-        if gives_number(name):
+        if name in NUMBERS:
             return self._number(name, output, read)
         changed = args[0] if name == "__setitem__" else () if name in _EACH_ITS_OWN else output
         for tensor in tensors_in(changed):
@@ -194,19 +199,18 @@ class Watch(TorchFunctionMode):
         by_itself, new = known(name), None
         if not connected or (by_itself and by_itself.kind == "stepwise"):
             real = output.is_floating_point() or output.is_complex()
-            if read.carried and self._without_graph and real and not by_itself:
+            if read.carried and self._part.writes and real and not by_itself:
                 here = position(outermost=True)
                 at = here if here.place else next((m.written for m in read.marks if m.written), here)
                 self._marks[output] = Mark(read.cuts, True, read.carried, at)
                 return None
-            what: Operation = operation(name, output)
+            what = operation(name, output)
             of = read.carried_if_mended if what.kind == "stepwise" else read.carried
-            if of and (torch.is_grad_enabled() or by_itself or not real or self._without_graph):
+            if of and (torch.is_grad_enabled() or by_itself or not real or self._part.writes):
                 new = Cut(what, position(), self._part, of)
             elif of:
-                new = Cut(catalogue.without_grad(), self._stopped_at or position(outermost=True), self._part, of)
-        cuts = read.cuts | {new} if new else read.cuts
-        if cuts:
+                new = Cut(without_grad(), self._stopped_at or position(outermost=True), self._part, of)
+        if cuts := read.cuts | {new} if new else read.cuts:
             self._marks[output] = Mark(cuts, not output.requires_grad)
         elif output in self._marks:
             del self._marks[output]
@@ -214,8 +218,7 @@ class Watch(TorchFunctionMode):
 
     def _mark_aliases(self, tensor: Tensor) -> None:
         """Mark whatever else has the memory that was written; through `.data` no graph comes along."""
-        source = self._aliases.get(tensor)
-        cuts = self.mark(tensor).cuts
+        source, cuts = self._aliases.get(tensor), self.mark(tensor).cuts
         if source is not None and (of := self.sources_of(tensor)):
             cuts |= {Cut(operation("data", tensor), position(), self._part, of)}
         for other in (tensor._base, source):
@@ -223,13 +226,42 @@ class Watch(TorchFunctionMode):
                 self._marks[other] = Mark(self.mark(other).cuts | cuts, not other.requires_grad)
 
     def _shake(self, value: Any) -> Any:
-        moved = shaken(value)
+        moved = _shaken(value)
         if isinstance(value, Tensor):
             self._marks[moved] = self._marks[value]
-            self.was_shaken |= not torch.equal(moved, value)
+            self._was_shaken |= not torch.equal(moved, value)
         else:
-            self.was_shaken |= not np.array_equal(moved, value)
+            self._was_shaken |= not np.array_equal(moved, value)
         return moved
+
+
+def _shaken(value: Any) -> Any:
+    """Return another value of the same kind: moved, or in another order where only some values are allowed."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            return (value * 1.1 + 0.1) if value.requires_grad else value.detach() * 1.1 + 0.1
+        if value.dtype == torch.bool:
+            return ~value
+        moved = value.flatten().roll(1).reshape(value.shape)
+        return torch.where(value > 0, value - 1, value + 1) if torch.equal(moved, value) else moved
+    if isinstance(value, np.ndarray):
+        return value * 1.1 + 0.1 if value.dtype.kind == "f" else np.roll(value, 1)
+    if isinstance(value, list):
+        floats = all(isinstance(part, (float, list)) for part in value)
+        return [_shaken(part) for part in value] if floats else value[-1:] + value[:-1]
+    if isinstance(value, float):
+        return value * 1.1 + 0.1
+    return value - 1 if value > 0 else value + 1
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Return whether two values are the same but for rounding."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return bool(a == b)
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    gap, size = (a.detach() - b.detach()).abs(), a.detach().abs()
+    return a.numel() == 0 or bool(gap.max() <= _SAME * size.max())
 
 
 def _union(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
@@ -240,11 +272,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors of nested sequences and mappings."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, Mapping):
-        return [t for part in value.values() for t in tensors_in(part)]
-    if isinstance(value, (list, tuple)):
-        return [t for part in value for t in tensors_in(part)]
-    return []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [t for part in parts for t in tensors_in(part)]
 
 
 def _name(func: Any) -> str:
