@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaopt.base.errors import ConfigError, MissingPathError, StageError
+from metaopt.base.errors import ConfigError, MissingPathError, StageError, first_line
 from metaopt.base.ranges import check_counts
 from metaopt.core.chain import Chain
 from metaopt.core.contracts import Estimator, MetaObjective, Upstream
@@ -112,12 +112,7 @@ def num_calls(num_estimators: int, num_points: int, num_runs: int) -> int:
 
 
 class TruncatedShare(Truncated):
-    """`Truncated`, its number of steps given as a share of each stage's: rounded, and at least one.
-
-    Args:
-        share: of the stage's steps, above 0 and at most 1.
-        product: as of `Checkpointed`.
-    """
+    """`Truncated` to a share of each stage's steps, above 0 and at most 1: rounded, and at least one step."""
 
     def __init__(self, share: float, product: Product | None = None) -> None:
         super().__init__(1, product)
@@ -167,29 +162,6 @@ def _exact(copies: Pipeline) -> tuple[Tensor, list[str]]:
     return found, notes
 
 
-def _measure_costs(
-    plain: _Measured, methods: list[_Measured], step: Pipeline, num_runs: int, device: torch.device
-) -> None:
-    """Measure plain training and each estimator: flops, peak, and seconds in turns."""
-
-    @torch.no_grad()
-    def train() -> None:
-        step.chain.unroll(step.meta_params)
-
-    tasks: list[tuple[_Measured, Callable[[], object]]] = [(plain, train)]
-    tasks += [(method, functools.partial(_entries, step.by(method.estimator))) for method in methods]
-    train()
-    for method, task in tasks:
-        method.flops = method.attempt(lambda task=task: count_flops(task)) or 0
-    for method, task in tasks:
-        method.peak = method.attempt(lambda task=task: peak_bytes(task, device)) or 0
-    for _ in range(num_runs):
-        for method, task in tasks:
-            taken = method.attempt(lambda task=task: _seconds(task, device))
-            if taken is not None:
-                method.seconds.append(taken)
-
-
 @dataclass
 class _Measured:
     """What was found of one estimator so far (None: the chain's own); after its first failure nothing more is."""
@@ -200,7 +172,7 @@ class _Measured:
     in_float64: list[Deviation] = field(default_factory=list)
     in_run: list[Deviation] = field(default_factory=list)
     failure: str = ""
-    warnings: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)  # a text without its numbers → the remark
     flops: int = 0
     peak: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -215,28 +187,21 @@ class _Measured:
 
     def attempt(self, fn: Callable[[], T]) -> T | None:
         """Run a measurement unless one has failed before; keep its error, and what it warns of, once."""
-        try:
-            if self.failure:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            try:
+                return None if self.failure else fn()
+            except Exception as error:  # an estimator of the user's may raise anything; the others are measured still
+                if self.name == PLAIN:
+                    raise
+                text = first_line(error)
+                text = text.split(". ")[0] if isinstance(error, MissingPathError) else text
+                self.failure = f"{type(error).__name__}: {text}"
                 return None
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", RuntimeWarning)
-                found = fn()
-            for warning in caught:
-                text = str(warning.message)
-                if issubclass(warning.category, RuntimeWarning):
+            finally:
+                for text in (str(warning.message) for warning in caught):
                     self.warnings.setdefault(re.sub(r"[-+.e\d]+", "", text), f"{self.name}: {text}")
-                else:
-                    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            return found
-        except Exception as error:  # an estimator of the user's may raise anything; the others are measured still
-            if self.name == PLAIN:
-                raise
-            text = (str(error).strip().splitlines() or [""])[0]
-            text = text.split(". ")[0] if isinstance(error, MissingPathError) else text
-            self.failure = f"{type(error).__name__}: {text}"
-            return None
-        finally:
-            self.on_run()
+                self.on_run()
 
     def cost(self, plain: _Measured) -> Cost:
         """Return what it costs beside plain training."""
@@ -256,6 +221,28 @@ class _Measured:
             None if self.failure else self.cost(plain),
             self.failure,
         )
+
+
+def _measure_costs(
+    plain: _Measured, methods: list[_Measured], step: Pipeline, num_runs: int, device: torch.device
+) -> None:
+    """Measure plain training and each estimator: flops, peak, and seconds in turns."""
+
+    @torch.no_grad()
+    def train() -> None:
+        step.chain.unroll(step.meta_params)
+
+    tasks: list[tuple[_Measured, Callable[[], object]]] = [(plain, train)]
+    tasks += [(method, functools.partial(_entries, step.by(method.estimator))) for method in methods]
+    train()
+    for method, task in tasks:
+        method.flops = method.attempt(lambda task=task: count_flops(task)) or 0
+    for method, task in tasks:
+        method.peak = method.attempt(lambda task=task: peak_bytes(task, device)) or 0
+    for _ in range(num_runs):
+        for method, task in tasks:
+            taken = method.attempt(lambda task=task: _seconds(task, device))
+            method.seconds += [] if taken is None else [taken]
 
 
 def _seconds(fn: Callable[[], object], device: torch.device) -> float:
