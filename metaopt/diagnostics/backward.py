@@ -15,8 +15,8 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
 
     Raises:
         NonFiniteError: the meta-loss or a hypergradient is NaN or infinite.
-        MissingPathError: a meta-parameter has no path to the meta-loss; the message names the lines of the chain that
-            cut it, by running the stages once more.
+        MissingPathError: a meta-parameter has no path to the meta-loss; the stages are run once more for a message that
+            names the lines which cut it.
     """
     try:
         return layer.hypergradient(meta_loss, meta_params, retain_graph)
@@ -27,10 +27,8 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
 def backward(meta_loss: Tensor, meta_params: AnyMetaParameters) -> dict[str, Tensor]:
     """Add the exact hypergradient to the `.grad` of the meta-parameters, and of nothing else; return it by name.
 
-    `meta_loss.backward()` computes the same, but leaves `.grad = None` in silence where a path is missing.
-
-    Raises:
-        NonFiniteError, MissingPathError: as `hypergradient`; no `.grad` is touched then.
+    `meta_loss.backward()` computes the same, but leaves `.grad = None` in silence where a path is missing. Raises what
+    `hypergradient` raises, and touches no `.grad` then.
     """
     grads = hypergradient(meta_loss, meta_params)
     layer.accumulate(grads, meta_params)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaopt.base.errors import MissingPathError, StageError
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.estimators.products.base import linearized
 
 Tensors = Mapping[str, Tensor]
 
@@ -38,13 +39,11 @@ def mixed_vjp(
     vectors = {name: torch.ones_like(g) for name, g in gradients.items()} if cotangent is None else cotangent
     for name, vector in vectors.items():
         if name not in params or vector.shape != params[name].shape:
-            raise StageError(
-                f"cotangent {name!r} of shape {list(vector.shape)} fits no parameter of that name and shape"
-            )
-    used = [name for name in gradients if name in vectors]
-    found = _products([gradients[name] for name in used], [vectors[name] for name in used], learned)
-    _require_path(found, learned)
-    return _or_zeros(found, learned)
+            shape = list(vector.shape)
+            raise StageError(f"cotangent {name!r} of shape {shape} fits no parameter of that name and shape")
+    used = [vectors.get(name) for name in gradients]
+    (found,) = _or_zeros([linearized(list(gradients.values()), used, list(learned.values()), True)], learned)
+    return dict(zip(learned, found, strict=True))
 
 
 def mixed_jacobian(loss: Tensor, params: Tensors, meta_params: AnyMetaParameters) -> dict[tuple[str, str], Tensor]:
@@ -55,17 +54,14 @@ def mixed_jacobian(loss: Tensor, params: Tensors, meta_params: AnyMetaParameters
     Raises:
         MissingPathError: the gradient of the loss depends on no meta-parameter.
     """
-    learned = named_tensors(meta_params)
+    gradients, learned = _gradients(loss, params), named_tensors(meta_params)
+    entries = [entry for gradient in gradients.values() for entry in gradient.flatten()]
+    rows = [linearized([entry], [torch.ones_like(entry)], list(learned.values()), True) for entry in entries]
     blocks: dict[tuple[str, str], Tensor] = {}
-    reached: list[Tensor | None] = []
-    for name, gradient in _gradients(loss, params).items():
-        one = torch.ones((), dtype=gradient.dtype, device=gradient.device)
-        products = [_products([entry], [one], learned) for entry in gradient.flatten()]
-        rows = [_or_zeros(row, learned) for row in products]
-        reached += [part for row in products for part in row if part is not None and part.any()]
-        for other, tensor in learned.items():
-            blocks[name, other] = torch.stack([row[other] for row in rows]).view((*gradient.shape, *tensor.shape))
-    _require_path(reached, learned)
+    for (other, tensor), column in zip(learned.items(), zip(*_or_zeros(rows, learned), strict=True), strict=True):
+        parts = torch.stack(column).split([gradient.numel() for gradient in gradients.values()])
+        for (name, gradient), part in zip(gradients.items(), parts, strict=True):
+            blocks[name, other] = part.view((*gradient.shape, *tensor.shape))
     return blocks
 
 
@@ -74,22 +70,13 @@ def _gradients(loss: Tensor, params: Tensors) -> dict[str, Tensor]:
     return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
 
 
-def _products(heads: list[Tensor], vectors: list[Tensor], learned: Tensors) -> Sequence[Tensor | None]:
-    pairs = [(head, vector) for head, vector in zip(heads, vectors, strict=True) if head.requires_grad]
-    if not pairs:
-        return [None] * len(learned)
-    outputs, weights = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, list(learned.values()), weights, retain_graph=True, allow_unused=True)
-
-
-def _or_zeros(found: Sequence[Tensor | None], learned: Tensors) -> dict[str, Tensor]:
-    pairs = zip(learned.items(), found, strict=True)
-    return {name: torch.zeros_like(tensor) if part is None else part for (name, tensor), part in pairs}
-
-
-def _require_path(found: Sequence[Tensor | None], learned: Tensors) -> None:
-    if all(part is None for part in found):
+def _or_zeros(rows: Sequence[Sequence[Tensor | None]], learned: Tensors) -> list[list[Tensor]]:
+    """Return products with zeros for None; raise if there is nothing but None."""
+    if all(part is None for row in rows for part in row):
         raise MissingPathError(
             f"the gradient of this loss depends on none of the meta-parameters {', '.join(map(repr, learned))}: the "
             "loss must be computed from them, and in more than a term added to it"
         )
+    return [
+        [torch.zeros_like(t) if x is None else x for x, t in zip(row, learned.values(), strict=True)] for row in rows
+    ]
