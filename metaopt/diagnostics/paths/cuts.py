@@ -56,12 +56,9 @@ class Place(NamedTuple):
         return f"{self.file if relative.startswith('..') else relative}:{self.line}, in {self.function}"
 
 
-class Position(NamedTuple):
-    """Where Python is: the user's line, and the library's inside of it; `intended` where this library cuts itself."""
-
-    place: Place | None = None
-    inside: Place | None = None
-    intended: bool = False
+# Where Python is: the user's line, the library's inside of it, and whether this library cuts there itself.
+Position = tuple[Place | None, Place | None, bool]
+NOWHERE: Position = (None, None, False)
 
 
 class Operation(NamedTuple):
@@ -76,17 +73,17 @@ class Operation(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """One operation that ends the path of what it is `of`, in a part of the chain."""
+    """One operation that ends the path of what it is `of`, in a part of the chain.
+
+    `place` is the user's line, `inside` the library's that it calls, and `intended` tells that this library cuts there.
+    """
 
     operation: Operation
-    at: Position
     part: Part
     of: frozenset[Source]
-
-    @property
-    def place(self) -> Place | None:
-        """The user's line."""
-        return self.at.place
+    place: Place | None
+    inside: Place | None
+    intended: bool
 
     @property
     def where(self) -> str:
@@ -96,17 +93,17 @@ class Cut(NamedTuple):
     @property
     def by_design(self) -> bool:
         """Whether nothing is wrong with it, where another path leads to the same reader."""
-        return self.at.intended or self.operation.kind == "choice" or self.part.writes
+        return self.intended or self.operation.kind == "choice" or self.part.writes
 
     @property
     def key(self) -> tuple[str, Place | None]:
         """What tells it from other cuts of the same part."""
-        return self.operation.name, self.at.place or self.at.inside
+        return self.operation.name, self.place or self.inside
 
     def __str__(self) -> str:
         (name, shown), instead = self.key, self.operation.instead
         at = f" at {shown}" if shown else ""
-        within = f" (inside it: {self.at.inside})" if self.at.place and self.at.inside else ""
+        within = f" (inside it: {self.inside})" if self.place and self.inside else ""
         code = f"\n    {shown.code}" if shown and shown.code else ""
         if self.part.writes:
             there = "" if name == NO_GRAD else f"; there, {instead}"
@@ -122,6 +119,8 @@ _NUMBER = "the tensor itself: one of a single entry goes wherever a number goes"
 _SMOOTH = "nothing, or a smooth stand-in: its derivative is 0 wherever it has one"
 _SOFT = "soft labels, logits.softmax(-1) (metaopt.Distillation), hidden states, or expected embeddings"
 
+_SEVERING = {"detach": ".detach()", "detach_": ".detach_()", "data": ".data", "__deepcopy__": "copy.deepcopy(...)"}
+_SEVERING |= {"tensor": "torch.tensor(...)", "asarray": "torch.asarray(...)", "new_tensor": ".new_tensor(...)"}
 NUMBERS = {name: f".{name}()" for name in ("item", "tolist", "numpy")} | {"__array__": "numpy.asarray(...)"}
 NUMBERS |= {f"__{name}__": f"{name}(...)" for name in ("float", "int", "complex")} | {"__index__": "int(...)"}
 _COMPARISONS = {"eq": "==", "ne": "!=", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "bool": ".bool()"}
@@ -130,20 +129,12 @@ _FLAT = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "
 _CASTS = {"to", "type", "type_as", "long", "int", "short", "byte", "char"}
 _CHOOSING = {"max", "min", "topk", "sort", "argsort", "nonzero", "where", "unique", "searchsorted", "bucketize"}
 
-_KNOWN = {  # by the name of torch's function: what cuts by itself, whatever its input
-    "detach": Operation(".detach()", "severed", "the tensor without .detach(); a detached copy is for logs"),
-    "detach_": Operation(".detach_()", "severed", "the tensor without .detach_()"),
-    "data": Operation(".data", "severed", "the tensor without .data"),
-    "tensor": Operation(
-        "torch.tensor(...)",
-        "severed",
-        "the tensor itself, or torch.stack([...]) of several: torch.tensor copies values",
-    ),
-    "asarray": Operation("torch.asarray(...)", "severed", "the tensor itself"),
-    "new_tensor": Operation(".new_tensor(...)", "severed", "the tensor itself: .new_tensor copies values"),
-    "__deepcopy__": Operation("copy.deepcopy(...)", "severed", "the tensor itself, or .clone()"),
-    "grad": Operation("torch.autograd.grad(...)", "severed", "torch.autograd.grad(..., create_graph=True)"),
+# By the name of torch's function: what cuts by itself, whatever its input.
+_KNOWN = {
+    name: Operation(label, "severed", "the tensor itself (of several, torch.stack([...])); a detached copy is for logs")
+    for name, label in _SEVERING.items()
 }
+_KNOWN["grad"] = Operation("torch.autograd.grad(...)", "severed", "torch.autograd.grad(..., create_graph=True)")
 _KNOWN |= {name: Operation(label, "severed", _NUMBER) for name, label in NUMBERS.items()}
 _KNOWN |= {name: Operation(f"comparison {sign}", "choice", _GATE) for name, sign in _COMPARISONS.items()}
 _KNOWN |= {name: Operation(name, "stepwise", _SMOOTH) for name in _FLAT}
@@ -191,8 +182,8 @@ def position(outermost: bool = False) -> Position:
             on_request |= frame.f_code is FunctionalModel.detach.__code__  # the one cut of ours that a user asks for
         frame = frame.f_back
     if library is None or (on_request and user):
-        return Position(_place(user))
-    return Position(_place(user), _place(library), _module(library).startswith("metaopt."))
+        return _place(user), None, False
+    return _place(user), _place(library), _module(library).startswith("metaopt.")
 
 
 def _module(frame: Any) -> str:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.diagnostics.paths.cuts import (
+    NOWHERE,
     NUMBERS,
     Cut,
     Part,
@@ -150,7 +151,7 @@ class Watch(TorchFunctionMode):
         for tensor in tensors_in(written):
             mark = self.mark(tensor)
             if of := mark.would_carry | self.sources_of(tensor):
-                cut = Cut(without_grad(), mark.written or Position(), self._part, of)
+                cut = Cut(without_grad(), self._part, of, *(mark.written or NOWHERE))
                 self._marks[tensor] = Mark(mark.cuts | {cut}, True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,7 +189,7 @@ class Watch(TorchFunctionMode):
         if not read.carried_if_mended:
             self.numbers |= read.cuts
             return output
-        cut = Cut(operation(name, output), position(), self._part, read.carried_if_mended)
+        cut = Cut(operation(name, output), self._part, read.carried_if_mended, *position())
         self.numbers.add(cut)
         return self._shake(output) if cut.key == self._shaken else output
 
@@ -201,15 +202,15 @@ class Watch(TorchFunctionMode):
             real = output.is_floating_point() or output.is_complex()
             if read.carried and self._part.writes and real and not by_itself:
                 here = position(outermost=True)
-                at = here if here.place else next((m.written for m in read.marks if m.written), here)
-                self._marks[output] = Mark(read.cuts, True, read.carried, at)
+                earlier = [] if here[0] else [mark.written for mark in read.marks if mark.written]
+                self._marks[output] = Mark(read.cuts, True, read.carried, [*earlier, here][0])
                 return None
             what = operation(name, output)
             of = read.carried_if_mended if what.kind == "stepwise" else read.carried
             if of and (torch.is_grad_enabled() or by_itself or not real or self._part.writes):
-                new = Cut(what, position(), self._part, of)
+                new = Cut(what, self._part, of, *position())
             elif of:
-                new = Cut(without_grad(), self._stopped_at or position(outermost=True), self._part, of)
+                new = Cut(without_grad(), self._part, of, *(self._stopped_at or position(outermost=True)))
         if cuts := read.cuts | {new} if new else read.cuts:
             self._marks[output] = Mark(cuts, not output.requires_grad)
         elif output in self._marks:
@@ -220,38 +221,29 @@ class Watch(TorchFunctionMode):
         """Mark whatever else has the memory that was written; through `.data` no graph comes along."""
         source, cuts = self._aliases.get(tensor), self.mark(tensor).cuts
         if source is not None and (of := self.sources_of(tensor)):
-            cuts |= {Cut(operation("data", tensor), position(), self._part, of)}
+            cuts |= {Cut(operation("data", tensor), self._part, of, *position())}
         for other in (tensor._base, source):
             if other is not None and cuts:
                 self._marks[other] = Mark(self.mark(other).cuts | cuts, not other.requires_grad)
 
     def _shake(self, value: Any) -> Any:
-        moved = _shaken(value)
-        if isinstance(value, Tensor):
+        given = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        moved = _shaken(given)
+        self._was_shaken |= not torch.equal(moved, given)
+        if given is value:
             self._marks[moved] = self._marks[value]
-            self._was_shaken |= not torch.equal(moved, value)
-        else:
-            self._was_shaken |= not np.array_equal(moved, value)
-        return moved
+            return moved
+        return moved.numpy() if isinstance(value, np.ndarray) else moved.tolist()
 
 
-def _shaken(value: Any) -> Any:
-    """Return another value of the same kind: moved, or in another order where only some values are allowed."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            return (value * 1.1 + 0.1) if value.requires_grad else value.detach() * 1.1 + 0.1
-        if value.dtype == torch.bool:
-            return ~value
-        moved = value.flatten().roll(1).reshape(value.shape)
-        return torch.where(value > 0, value - 1, value + 1) if torch.equal(moved, value) else moved
-    if isinstance(value, np.ndarray):
-        return value * 1.1 + 0.1 if value.dtype.kind == "f" else np.roll(value, 1)
-    if isinstance(value, list):
-        floats = all(isinstance(part, (float, list)) for part in value)
-        return [_shaken(part) for part in value] if floats else value[-1:] + value[:-1]
-    if isinstance(value, float):
-        return value * 1.1 + 0.1
-    return value - 1 if value > 0 else value + 1
+def _shaken(value: Tensor) -> Tensor:
+    """Return other values of the same kind: moved, or in another order where only some values are allowed."""
+    if value.is_floating_point() or value.is_complex():
+        return (value if value.requires_grad else value.detach()) * 1.1 + 0.1
+    if value.dtype == torch.bool:
+        return ~value
+    moved = value.flatten().roll(1).reshape(value.shape)
+    return torch.where(value > 0, value - 1, value + 1) if torch.equal(moved, value) else moved
 
 
 def _alike(a: Any, b: Any) -> bool:

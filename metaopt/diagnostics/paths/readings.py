@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from metaopt.base.errors import StageError
 from metaopt.base.streams import seeded
@@ -124,7 +125,7 @@ def _read_stage(
     watch.add_source(("stage", name), leaves.values())
     losses = []
     for t in range(loop.num_steps):
-        overrides.read_values(lambda t=t: _numbers_in(loop.hyperparameters(t, meta_params)))
+        overrides.read_values(lambda t=t: tree_leaves(loop.hyperparameters(t, meta_params)))
         with torch.no_grad():
             for n, weight in steps.weights().items():
                 leaves[n].copy_(weight)
@@ -220,9 +221,3 @@ def _read_objective(watch: Watch, compute: Callable[[], list[Any]]) -> Reading:
         reading.failure = f"the meta-objective returns a {type(values[0]).__name__}, not a tensor"
     reading.note(evaluate, values, values)
     return reading
-
-
-def _numbers_in(value: Any) -> list[Any]:
-    """Return the tensors and numbers of nested hyperparameters."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else None
-    return [value] if parts is None else [n for part in parts for n in _numbers_in(part)]
