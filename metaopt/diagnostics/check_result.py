@@ -31,13 +31,11 @@ _WHY_UNDECIDED = {
     "{jump:.1e}, and the hypergradient may be either's. Move the meta-parameters a little, or warm up first",
     "casts": _UNCERTAIN + "a float32 operation inside the models rounds the meta-loss, at {casts}. "
     "all_in_float64=True (check.all_in_float64=true) leaves such casts out",
-    "steps": _UNCERTAIN + "it changes from step to step by more than rounding explains. Either the meta-loss has a "
-    "kink or a jump within the steps, or they are too large: try smaller ones (steps=(1e-5, 1e-6, 1e-7))",
-    "rough": _UNCERTAIN
-    + "the meta-loss is rough, by {noise:.1e} at a value of {loss:.4g}, which is more than rounding "
-    "in float64. It jumps (round, argmax, a sample), or training amplifies rounding (Adam with a small eps where a "
-    "gradient is zero; many steps)",
-    "noise": _UNCERTAIN + "the meta-loss is {loss:.4g}, rounded at {noise:.1e}, and dividing by the step makes that "
+    "steps": _UNCERTAIN + "it changes from step to step by more than rounding explains. There is a kink or a jump "
+    "within the steps, or they are too large: try smaller ones (steps=(1e-5, 1e-6, 1e-7))",
+    "rough": _UNCERTAIN + "the meta-loss, {loss:.4g}, is rough by {noise:.1e}, more than rounding in float64. It jumps "
+    "(round, argmax, a sample), or training amplifies rounding (Adam with a small eps where a gradient is zero)",
+    "noise": _UNCERTAIN + "the meta-loss, {loss:.4g}, is rounded at {noise:.1e}, and dividing by the step makes that "
     "large. Take larger steps (steps=(1e-1, 1e-2, 1e-3)), or more inner steps",
 }
 
@@ -129,23 +127,18 @@ class CheckResult:
     @property
     def verdict(self) -> Verdict:
         """`differs` if any row does or a plug-in keeps something; `agrees` if a row of each meta-parameter does."""
-        if self.keepers or self._named("differs"):
+        if self.keepers or self._with("differs"):
             return "differs"
-        return "undecided" if self._not_shown or not self.rows else "agrees"
+        return "agrees" if self.rows and self._with("agrees") == self._with() else "undecided"
 
     @property
     def ok(self) -> bool:
         """Whether the verdict is `agrees`."""
         return self.verdict == "agrees"
 
-    def _named(self, verdict: Verdict) -> dict[str, None]:
-        return dict.fromkeys(row.meta_param for row in self.rows if row.verdict == verdict)
-
-    @property
-    def _not_shown(self) -> dict[str, None]:
-        """The meta-parameters of which no row agrees."""
-        right = self._named("agrees")
-        return dict.fromkeys(row.meta_param for row in self.rows if row.meta_param not in right)
+    def _with(self, *verdicts: Verdict) -> list[str]:
+        """Return the meta-parameters that have a row of these verdicts; all if none is given."""
+        return list(dict.fromkeys(row.meta_param for row in self.rows if not verdicts or row.verdict in verdicts))
 
     @property
     def headline(self) -> str:
@@ -158,7 +151,7 @@ class CheckResult:
             told += f"; largest relative error where they agree {worst:.1e}"
         if self.keepers:
             return f"a plug-in keeps something from an earlier call; for what it keeps: {told}"
-        names = self._named("differs") or self._not_shown
+        names = self._with("differs") or [name for name in self._with() if name not in self._with("agrees")]
         of = f" of {_listed(names)}" if names else ""
         return f"the hypergradient{of} {_HEADLINES[self.verdict]}: {told}"
 
@@ -223,9 +216,8 @@ class CheckResult:
             )
         elif abs(self.meta_loss - plain_loss) > 1e-8 * abs(plain_loss) + 10 * self.noise:
             yield (
-                f"the same training ended at a meta-loss of {self.meta_loss:.10g} with a graph and at "
-                f"{plain_loss:.10g} without one. A plug-in draws random numbers from a generator of its own, asks "
-                "whether gradients are on, or keeps something from an earlier call"
+                f"the same training ended at a meta-loss of {self.meta_loss:.10g} with a graph and {plain_loss:.10g} "
+                "without one: a plug-in draws from a generator of its own, or asks whether gradients are on"
             )
         if self.moved:
             yield f"training moves {left_out(self.moved)}"
@@ -241,10 +233,9 @@ class CheckResult:
             )
         elif not self.keepers:
             yield (
-                "some step of this training is not the one that is differentiated. Look in your losses, transforms, "
-                "hand-overs and objective for .detach(), .item(), torch.no_grad() or an in-place update of something "
-                "that depends on the meta-parameters (metaopt.explain_hypergradient finds cuts), and for a backward of "
-                "your own"
+                "some step of this training is not the one that is differentiated. Look for .detach(), .item(), "
+                "torch.no_grad() or updates in place of what depends on the meta-parameters "
+                "(metaopt.explain_hypergradient finds cuts), and for a backward of your own"
             )
 
 

@@ -181,14 +181,7 @@ class Sweep:
 
 
 def sweep(ends: Sequence[float], here: float, steps: Sequence[float], noise: float) -> Sweep:
-    """Read a sweep.
-
-    Args:
-        ends: the meta-loss at +h and −h, for each step h in turn.
-        here: the meta-loss in the middle.
-        steps: h.
-        noise: of the meta-loss.
-    """
+    """Read a sweep: the meta-loss at its `ends`, +h and −h for each of the `steps` h in turn, and in the middle."""
     above, below = ends[::2], ends[1::2]
     slopes = tuple((a - b) / (2 * h) for a, b, h in zip(above, below, steps, strict=True))
     # The two one-sided slopes differ by h·f'' where f is smooth, and by the same at every step where it has a kink.

@@ -50,18 +50,17 @@ def compare_estimators(
 ) -> FidelityResult:
     """Measure each estimator's error against the exact hypergradient, and its time, peak bytes and flops.
 
-    Every estimator runs the same steps of all stages, from the same state, on the same data, in the same random state.
-    Errors are measured on float64 copies, where they are the estimator's own, and in the run's dtype; costs in the
-    run's dtype, after a first run, without what that alone takes (a captured product's tracing). One that fails gets a
-    row that says why. The user's chain and meta-parameters are not changed.
+    Every estimator runs the same steps of all stages, from the same state, on the same data, in the same random state
+    (of the objective: `seed`). Errors are measured on float64 copies, where they are the estimator's own, and in the
+    run's dtype; costs in the run's dtype, after a first run, without what that alone takes (a captured product's
+    tracing). One that fails gets a row that says why. The user's chain and meta-parameters are not changed.
 
     Args:
         chain, objective, batch, meta_params: as in a meta-step.
         estimators: name → what all stages are differentiated by; the chain's own are measured too.
         num_runs: timed, interleaved with each other and with plain training; the median counts.
-        num_points: of the training at which errors are measured.
+        num_points: of the training at which errors are measured; their mean counts.
         advance: takes the training (the chain, the meta-parameters) to its next point, and returns that one's batch.
-        seed: of the random state in which the objective is evaluated.
         on_run: called after each run, for a progress bar: `num_calls(...)` times in all.
 
     Raises:
@@ -77,7 +76,7 @@ def compare_estimators(
             kind = type(given).__name__
             raise ConfigError(f"compare_estimators: {name!r} is a {kind}, not an Estimator such as Truncated(5)")
     like = next(iter(chain.stages.values())).like
-    step = Pipeline(chain, objective, chain.move(batch), meta_params, seed)
+    step, plain = Pipeline(chain, objective, chain.move(batch), meta_params, seed), _Measured(PLAIN, None, on_run)
     methods = [_Measured(name, given, on_run) for name, given in {**estimators, OWN: None}.items()]
     notes: list[str] = []
     for point in range(num_points):
@@ -90,7 +89,6 @@ def compare_estimators(
             method.compare(method.in_float64, copies, exact)
         for method in methods:
             method.compare(method.in_run, step, exact)
-    plain = _Measured(PLAIN, None, on_run)
     _measure_costs(plain, methods, step, num_runs, like.device)
     return FidelityResult(
         rows=tuple(method.row(chain, plain) for method in methods),
@@ -173,9 +171,7 @@ class _Measured:
     in_run: list[Deviation] = field(default_factory=list)
     failure: str = ""
     warnings: dict[str, str] = field(default_factory=dict)  # a text without its numbers → the remark
-    flops: int = 0
-    peak: int = 0
-    seconds: list[float] = field(default_factory=list)
+    costs: list[Any] = field(default_factory=list)  # flops, peak bytes, and the seconds of each run
 
     def compare(self, found: list[Deviation], step: Pipeline, exact: Tensor) -> None:
         """Add how far the hypergradient of a meta-step is from the exact one."""
@@ -205,9 +201,10 @@ class _Measured:
 
     def cost(self, plain: _Measured) -> Cost:
         """Return what it costs beside plain training."""
-        ratios = [own / other for own, other in zip(self.seconds, plain.seconds, strict=True)]
-        flops = self.flops / plain.flops if plain.flops else None
-        return Cost(statistics.median(self.seconds), statistics.median(ratios), self.peak, flops)
+        (flops, peak, *seconds), (plain_flops, _, *others) = self.costs, plain.costs
+        ratios = [own / other for own, other in zip(seconds, others, strict=True)]
+        more = flops / plain_flops if plain_flops else None
+        return Cost(statistics.median(seconds), statistics.median(ratios), peak, more)
 
     def row(self, chain: Chain, plain: _Measured) -> FidelityRow:
         """Return what was found."""
@@ -234,15 +231,12 @@ def _measure_costs(
 
     tasks: list[tuple[_Measured, Callable[[], object]]] = [(plain, train)]
     tasks += [(method, functools.partial(_entries, step.by(method.estimator))) for method in methods]
+    measures: list[Callable[[Callable[[], object]], float]] = [count_flops, lambda task: peak_bytes(task, device)]
+    measures += [lambda task: _seconds(task, device)] * num_runs
     train()
-    for method, task in tasks:
-        method.flops = method.attempt(lambda task=task: count_flops(task)) or 0
-    for method, task in tasks:
-        method.peak = method.attempt(lambda task=task: peak_bytes(task, device)) or 0
-    for _ in range(num_runs):
+    for measure in measures:
         for method, task in tasks:
-            taken = method.attempt(lambda task=task: _seconds(task, device))
-            method.seconds += [] if taken is None else [taken]
+            method.costs.append(method.attempt(functools.partial(measure, task)))
 
 
 def _seconds(fn: Callable[[], object], device: torch.device) -> float:

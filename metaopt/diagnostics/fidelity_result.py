@@ -114,10 +114,8 @@ class FidelityResult:
         """What was measured, and on what."""
         steps = " + ".join(f"{n} {name}" for name, n in self.num_steps.items())
         points = "one point" if self.num_points == 1 else f"{self.num_points} points"
-        return (
-            f"hypergradient through {steps} steps, at {points} of the training; costs: {self.dtype}, {self.place}, "
-            f"median of {self.num_runs} runs"
-        )
+        costs = f"costs: {self.dtype}, {self.place}, median of {self.num_runs} runs"
+        return f"hypergradient through {steps} steps, at {points} of the training; {costs}"
 
     def table(self) -> Table:
         """Return plain training and the rows."""

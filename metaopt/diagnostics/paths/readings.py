@@ -73,13 +73,7 @@ class Reading:
         return values
 
     def note(self, evaluate: Callable[[], list[Any]], values: list[Any], results: list[Any]) -> None:
-        """Note what was touched, and the cuts whose values the result depends on.
-
-        Args:
-            evaluate: runs the part again.
-            values: what it returned.
-            results: tensors behind which cuts may lie.
-        """
+        """Note what was touched, and the cuts behind `results` on which the `values` of another run depend."""
         self.touched |= self.watch.touched
         for cut in (self.watch.cuts_behind(results) | self.watch.numbers) - self.cuts:
             earlier = cut.part.writes or cut.part.stage != self.part.stage
@@ -177,34 +171,29 @@ class _Step:
 
     def _evaluate(self) -> list[Any]:
         """Return the step's gradients as the optimizer gets them; of a loss without a graph, the loss."""
-        loop = self._loop
+        watch, loop, given, self._loss = self._watch, self._loop, self._loop.loss, None
+
+        def recorded(*args: Any) -> Any:  # kept whether or not it can be differentiated
+            self._loss = given(*args)
+            return self._loss
+
+        loop.loss = recorded
+        params = {**loop.frozen, **self._params}
         try:
-            self._watch.run(Part("the loss", loop.name), self._take_loss)
+            taken = watch.run(Part("the loss", loop.name), lambda: loop.loss_at(self._t, params, *self._at))
         except StageError as error:  # that it has no graph is what is to be explained
             if self._loss is None:
                 raise
             self._failure = str(error)
             return [self._loss]
+        finally:
+            loop.loss = given
+        self._loss, self._buffers = taken
         found = torch.autograd.grad(self._loss, list(self._params.values()), create_graph=True, allow_unused=True)
         self._gradients = dict(zip(self._params, found, strict=True))
         transform = Part("the transform", loop.name)
-        after = self._watch.run(transform, lambda: loop.transformed(self._gradients), more=True)
+        after = watch.run(transform, lambda: loop.transformed(self._gradients), more=True)
         return [g for g in after.values() if g is not None] or [self._loss]
-
-    def _take_loss(self) -> None:
-        """Evaluate the loss; what it returns is kept whether or not it can be differentiated."""
-        loop, given = self._loop, self._loop.loss
-        self._loss = None
-
-        def recorded(*args: Any) -> Any:
-            self._loss = given(*args)
-            return self._loss
-
-        loop.loss = recorded
-        try:
-            self._loss, self._buffers = loop.loss_at(self._t, {**loop.frozen, **self._params}, *self._at)
-        finally:
-            loop.loss = given
 
 
 def _read_objective(watch: Watch, compute: Callable[[], list[Any]]) -> Reading:
