@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import metaopt
+from metaopt.diagnostics.paths.marks import is_in_place
 
 LOWER = (torch.float32, torch.float16, torch.bfloat16)
-_OPERATORS_IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
 _TORCH, _METAOPT = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, metaopt.__file__))
 
 
@@ -51,7 +51,8 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if _is_in_place(func) and given and given[0].requires_grad and not torch.is_grad_enabled():
+        behind = given and given[0].requires_grad and not torch.is_grad_enabled()
+        if behind and is_in_place(getattr(func, "__name__", "")):
             file, place = _place()
             if not file.startswith(_METAOPT):  # torch's optimizers, called from there
                 self.in_place = tuple(dict.fromkeys([*self.in_place, place]))
@@ -60,11 +61,6 @@ class Watch(TorchFunctionMode):
         if lower and any(a.dtype == torch.float64 for a in given):
             self.casts = tuple(dict.fromkeys([*self.casts, _place()[1]]))
         return result
-
-
-def _is_in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in _OPERATORS_IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
 
 
 def _is_lower(value: Any) -> bool:

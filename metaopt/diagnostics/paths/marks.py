@@ -48,20 +48,28 @@ class Mark(NamedTuple):
 _NONE = Mark()
 
 
-class _Read:
-    """What a function reads; it is made before the function runs, which may write to its inputs."""
+class Read:
+    """What the inputs of a function carry; made before the function runs, which may write to them."""
 
     def __init__(self, watch: Watch, inputs: list[Tensor]) -> None:
         self.inputs, self.marks = inputs, [watch.mark(t) for t in inputs]
-        self.live = [(t, t.grad_fn) for t in inputs if t.requires_grad]
-        self.matters = bool(self.live) or any(mark is not _NONE for mark in self.marks)
+        self._heads = {id(t): t.grad_fn for t in inputs if t.requires_grad}
+        self.matters = bool(self._heads) or any(mark is not _NONE for mark in self.marks)
         self.cuts = _union(mark.cuts for mark in self.marks)
         self._watch = watch
 
     @functools.cached_property
     def carried(self) -> frozenset[Source]:
         """The sources whose gradient the inputs carry: a walk through the graph, so only where something is cut."""
-        return _union([*(m.would_carry for m in self.marks), *(self._watch.leads_to(*pair) for pair in self.live)])
+        leaves, seen, stack = set(self._heads), set(), [*self._heads.values()]
+        while stack:
+            node: Any = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                leaves.add(id(getattr(node, "variable", None)))
+                stack += [parent for parent, _ in node.next_functions]
+        reached = frozenset(source for leaf, (source, _) in self._watch.sources.items() if leaf in leaves)
+        return reached.union(*(mark.would_carry for mark in self.marks))
 
     @property
     def carried_if_mended(self) -> frozenset[Source]:
@@ -126,31 +134,15 @@ class Watch(TorchFunctionMode):
         # Inside an autograd.Function nothing has a graph, but what it returns gets one.
         return _NONE if mark.unconnected and tensor.grad_fn is not None else mark
 
-    def sources_of(self, tensor: Any) -> frozenset[Source]:
-        """Return what the graph of a tensor leads to."""
-        live = isinstance(tensor, Tensor) and tensor.requires_grad
-        return self.leads_to(tensor, tensor.grad_fn) if live else frozenset()
-
-    def leads_to(self, tensor: Tensor, node: Any) -> frozenset[Source]:
-        """Return the sources that a node of the graph leads to; a leaf is its own."""
-        leaves, seen, stack = {id(tensor)}, set(), [node]
-        while stack:
-            node = stack.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                leaves.add(id(getattr(node, "variable", None)))
-                stack += [parent for parent, _ in node.next_functions]
-        return frozenset(source for leaf, (source, _) in self.sources.items() if leaf in leaves)
-
-    def cuts_behind(self, value: Any) -> frozenset[Cut]:
-        """Return the cuts behind a value, nested ones included."""
-        return _union(self.mark(t).cuts for t in tensors_in(value))
+    def read(self, value: Any) -> Read:
+        """Return what a value carries, nested ones included."""
+        return Read(self, tensors_in(value))
 
     def close(self, written: Any) -> None:
         """Count as cut what a part without a graph has written."""
         for tensor in tensors_in(written):
             mark = self.mark(tensor)
-            if of := mark.would_carry | self.sources_of(tensor):
+            if of := self.read(tensor).carried:
                 cut = Cut(without_grad(), self._part, of, *(mark.written or NOWHERE))
                 self._marks[tensor] = Mark(mark.cuts | {cut}, True)
 
@@ -161,7 +153,7 @@ class Watch(TorchFunctionMode):
             if args[0] or torch.is_grad_enabled():
                 self._stopped_at = None if args[0] else position()
             return func(*args, **kwargs)
-        read = _Read(self, _read_by(name, args, kwargs))
+        read = Read(self, _read_by(name, args, kwargs))
         output = func(*args, **kwargs)
         if name in ("data", "detach") and isinstance(output, Tensor):
             self._aliases[output] = args[0]
@@ -174,17 +166,17 @@ class Watch(TorchFunctionMode):
         changed = args[0] if name == "__setitem__" else () if name in _EACH_ITS_OWN else output
         for tensor in tensors_in(changed):
             new = self._mark_output(name, tensor, read)
-            if _is_in_place(name):
+            if is_in_place(name):
                 self._mark_aliases(tensor)
             if new is not None and new.key == self._shaken and tensor is changed:
                 moved = self._shake(tensor)
-                if not _is_in_place(name):
+                if not is_in_place(name):
                     return moved
                 if id(tensor) not in self.sources:
                     tensor.data.copy_(moved)
         return output
 
-    def _number(self, name: str, output: Any, read: _Read) -> Any:
+    def _number(self, name: str, output: Any, read: Read) -> Any:
         """Note a value that leaves torch."""
         if not read.carried_if_mended:
             self.numbers |= read.cuts
@@ -193,10 +185,10 @@ class Watch(TorchFunctionMode):
         self.numbers.add(cut)
         return self._shake(output) if cut.key == self._shaken else output
 
-    def _mark_output(self, name: str, output: Tensor, read: _Read) -> Cut | None:
+    def _mark_output(self, name: str, output: Tensor, read: Read) -> Cut | None:
         """Mark what a function returned, and return the cut if it is one."""
         connected = output.requires_grad and (output.grad_fn is not None or any(output is t for t in read.inputs))
-        connected = connected and (torch.is_grad_enabled() or not _is_in_place(name))
+        connected = connected and (torch.is_grad_enabled() or not is_in_place(name))
         by_itself, new = known(name), None
         if not connected or (by_itself and by_itself.kind == "stepwise"):
             real = output.is_floating_point() or output.is_complex()
@@ -220,7 +212,7 @@ class Watch(TorchFunctionMode):
     def _mark_aliases(self, tensor: Tensor) -> None:
         """Mark whatever else has the memory that was written; through `.data` no graph comes along."""
         source, cuts = self._aliases.get(tensor), self.mark(tensor).cuts
-        if source is not None and (of := self.sources_of(tensor)):
+        if source is not None and (of := self.read(tensor).carried):
             cuts |= {Cut(operation("data", tensor), self._part, of, *position())}
         for other in (tensor._base, source):
             if other is not None and cuts:
@@ -280,5 +272,6 @@ def _read_by(name: str, args: Any, kwargs: Any) -> list[Tensor]:
     return tensors_in(args[:1]) if name in _OF_THE_FIRST else tensors_in((args, kwargs))
 
 
-def _is_in_place(name: str) -> bool:
+def is_in_place(name: str) -> bool:
+    """Return whether a torch function of this name writes to its first input."""
     return name in _WRITES or (name.endswith("_") and not name.startswith("__") and name != "requires_grad_")

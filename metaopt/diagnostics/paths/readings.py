@@ -67,15 +67,14 @@ class Reading:
         """Return what this part computes, and note what it reads."""
         evaluate = functools.partial(self.watch.run, self.part, compute)
         values = evaluate()
-        for value in values:
-            self.connect(self.watch.sources_of(value))
+        self.connect(self.watch.read(values).carried)
         self.note(evaluate, values, values)
         return values
 
     def note(self, evaluate: Callable[[], list[Any]], values: list[Any], results: list[Any]) -> None:
         """Note what was touched, and the cuts behind `results` on which the `values` of another run depend."""
         self.touched |= self.watch.touched
-        for cut in (self.watch.cuts_behind(results) | self.watch.numbers) - self.cuts:
+        for cut in (self.watch.read(results).cuts | self.watch.numbers) - self.cuts:
             earlier = cut.part.writes or cut.part.stage != self.part.stage
             if self.harmless[cut] < _LOOKS and (earlier or self.watch.matters(cut, evaluate, values)):
                 self.cuts.add(cut)
