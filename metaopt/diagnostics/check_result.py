@@ -136,9 +136,9 @@ class CheckResult:
         """Whether the verdict is `agrees`."""
         return self.verdict == "agrees"
 
-    def _with(self, *verdicts: Verdict) -> list[str]:
-        """Return the meta-parameters that have a row of these verdicts; all if none is given."""
-        return list(dict.fromkeys(row.meta_param for row in self.rows if not verdicts or row.verdict in verdicts))
+    def _with(self, *verdicts: Verdict) -> dict[str, None]:
+        """Return the meta-parameters that have a row of these verdicts, in order; all if none is given."""
+        return dict.fromkeys(row.meta_param for row in self.rows if not verdicts or row.verdict in verdicts)
 
     @property
     def headline(self) -> str:

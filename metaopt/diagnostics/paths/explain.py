@@ -188,11 +188,11 @@ def _cuts_of(reading: Reading, reached: Iterable[Source], links: Links, exists: 
     if exists and META_LOSS not in _reached(reader, links):
         return
     for cut in sorted(reading.cuts, key=lambda cut: (str(cut.key[1]), cut.operation.name)):
-        for source in cut.of.intersection(reached):
-            joined = reader == source or (source, reader) in links
-            if not (joined and cut.by_design) if exists else reader not in reached:
-                yield cut
-                break
+        lost = cut.of.intersection(reached)
+        if exists and cut.by_design:
+            lost = {source for source in lost if source != reader and (source, reader) not in links}
+        if lost and (exists or reader not in reached):
+            yield cut
 
 
 def _dead_end(source: Source, readings: Sequence[Reading]) -> str:
