@@ -24,11 +24,11 @@ from .data.bundle import DataBundle as DataBundle
 from .data.text import text as text
 from .diagnostics.backward import backward as backward
 from .diagnostics.backward import hypergradient as hypergradient
+from .diagnostics.backward import mixed_jacobian as mixed_jacobian
+from .diagnostics.backward import mixed_vjp as mixed_vjp
 from .diagnostics.check import check_hypergradient as check_hypergradient
 from .diagnostics.fidelity import TruncatedShare as TruncatedShare
 from .diagnostics.fidelity import compare_estimators as compare_estimators
-from .diagnostics.mixed import mixed_jacobian as mixed_jacobian
-from .diagnostics.mixed import mixed_vjp as mixed_vjp
 from .diagnostics.non_finite import locate_non_finite as locate_non_finite
 from .diagnostics.paths.explain import explain_hypergradient as explain_hypergradient
 from .estimators import Captured as Captured

@@ -21,7 +21,7 @@ from metaopt.core.guards import moved_buffers
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.backward import hypergradient
 from metaopt.diagnostics.check_result import CheckResult, CheckRow
-from metaopt.diagnostics.differences import NUM_NOISE_RUNS, Pipeline, Sweep, sweep
+from metaopt.diagnostics.differences import NUM_NOISE_RUNS, Pipeline, sweep
 from metaopt.diagnostics.precision import AllInFloat64, Watch
 
 STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -49,11 +49,10 @@ def check_hypergradient(
 
     Args:
         chain, objective, batch, meta_params: as in a meta-step.
-        num_directions: random unit directions per meta-parameter.
+        num_directions: random unit directions per meta-parameter, drawn from `seed`.
         coordinates: meta-parameter name → flat indices to check one by one.
         steps: of the sweep, relative to a unit direction.
         tolerance: relative error up to which the two agree.
-        seed: of the directions.
         all_in_float64: leave out the casts to float32 inside models and losses, which hide small differences.
         on_run: called after each run of the pipeline, for a progress bar: `num_runs(...)` times in all.
 
@@ -76,10 +75,12 @@ def check_hypergradient(
         rows = []
         for name, label, direction in directions:
             ends = pipeline.along(name, direction, [sign * h for h in steps for sign in (1, -1)])
-            slope = float((gradient[name] * direction).sum())
-            row = _row(name, label, slope, sweep(ends, here, steps, noise), steps, tolerance)
-            rows.append(replace(row, biased=bool(biases)))
+            slope, found = float((gradient[name] * direction).sum()), sweep(ends, here, steps, noise)
+            if not slope and not any(difference for _, difference in found.sweep):
+                found = replace(found, uncertainty=0.0)  # an entry that no batch holds agrees on zero
+            rows.append(CheckRow(name, label, slope, tolerance=tolerance, biased=bool(biases), **vars(found)))
         keepers = pipeline.keepers(first, towards, max(steps), noise)
+    approximate = {name: stage for name, stage in chain.stages.items() if not stage.estimator.exact}
     return CheckResult(
         rows=tuple(rows),
         meta_loss=float(loss.detach()),
@@ -90,24 +91,8 @@ def check_hypergradient(
         casts=watch.casts,
         in_place=watch.in_place,
         biases=biases,
-        inexact=pipeline.inexact,
+        inexact=tuple(f"{stage.estimator!r} of stage {name!r}" for name, stage in approximate.items()),
         keepers=keepers,
-    )
-
-
-def _row(name: str, label: str, slope: float, found: Sweep, steps: Sequence[float], tolerance: float) -> CheckRow:
-    reached = slope != 0.0 or any(found.slopes)  # an entry that no batch holds agrees on zero
-    return CheckRow(
-        name,
-        label,
-        slope,
-        found.slopes[found.best],
-        found.uncertainty if reached else 0.0,
-        step=steps[found.best],
-        tolerance=tolerance,
-        rounding=found.rounding,
-        jump=found.jump,
-        sweep=tuple(zip(steps, found.slopes, strict=True)),
     )
 
 
@@ -127,9 +112,9 @@ def _directions(
     for name, indices in coordinates.items():
         if name not in tensors:
             raise ConfigError(f"coordinates: there is no meta-parameter {name!r}{did_you_mean(name, tensors)}")
-        for index in indices:
-            if not 0 <= index < tensors[name].numel():
-                raise ConfigError(f"coordinates: {name!r} has {tensors[name].numel()} entries, there is no {index}")
+        size = tensors[name].numel()
+        if outside := [index for index in indices if not 0 <= index < size]:
+            raise ConfigError(f"coordinates: {name!r} has {size} entries, there is no {outside[0]}")
     found = []
     with seeded(seed):
         for name, tensor in tensors.items():
@@ -155,24 +140,19 @@ def explained_dtypes(watch: Watch) -> Iterator[None]:
         raise
     except RuntimeError as error:
         text = re.split(r"\. |\n", str(error))[0]
+        frames = list(traceback.walk_tb(error.__traceback__))
+        frame, line = next((pair for pair in reversed(frames) if not is_library(pair[0])), frames[-1])
+        where = f"{Path(frame.f_code.co_filename).name}, line {line}"
         if re.search(r"(?i)in-?place", text):
-            places = ", ".join(watch.in_place) or f"something before {_where(error)}"
             raise StageError(
-                f"{places} updates in place what the graph still needs ({text}). Make a new tensor instead of "
-                "p.mul_(...), p += ... or p[...] = ...; weight decay is the optimizer's, clipping the transform's"
+                f"{', '.join(watch.in_place) or f'something before {where}'} updates in place what the graph still "
+                f"needs ({text}). Make a new tensor instead of p.mul_(...), p += ... or p[...] = ...; weight decay is "
+                "the optimizer's, clipping the transform's"
             ) from error
         if re.search(r"(?i)\bdouble\b.*\bfloat\b|\bfloat\b.*\bdouble\b", text):
             raise StageError(
-                f"{_where(error)}: {text}. The check runs float64 copies of models, meta-parameters and batches, and "
-                "this stayed as it was. Cast a plug-in's own tensors where they are used (table.to(logits.dtype)), or "
-                "make it an nn.Module with buffers; a model or tensor kept from an earlier call does not belong here: "
-                "read upstream[...] anew"
+                f"{where}: {text}. The check runs float64 copies of models, meta-parameters and batches, and this "
+                "stayed as it was. Cast a plug-in's own tensors where they are used (table.to(logits.dtype)), make it "
+                "an nn.Module with buffers, or read what is kept from an earlier call anew: upstream[...]"
             ) from error
         raise
-
-
-def _where(error: BaseException) -> str:
-    """Say where in the user's files an error comes from."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    frame, line = next((pair for pair in reversed(frames) if not is_library(pair[0])), frames[-1])
-    return f"{Path(frame.f_code.co_filename).name}, line {line}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,7 @@ from metaopt.core.guards import left_out
 from metaopt.diagnostics.tables import plain, table
 
 Verdict = Literal["agrees", "undecided", "differs"]
-MOST_NAMED = 3  # places that a remark names
 _COARSE = 1e5 * torch.finfo(torch.float64).eps  # relative noise that float64 alone does not make
-_LEFT = ("meta-parameter", "verdict")
 
 _HEADLINES = {
     "agrees": "is right",
@@ -33,36 +31,13 @@ _WHY_UNDECIDED = {
     "{jump:.1e}, and the hypergradient may be either's. Move the meta-parameters a little, or warm up first",
     "casts": _UNCERTAIN + "a float32 operation inside the models rounds the meta-loss, at {casts}. "
     "all_in_float64=True (check.all_in_float64=true) leaves such casts out",
-    "steps": _UNCERTAIN + "it changes from step to step by more than rounding explains. Either the meta-loss has a "
-    "kink or a jump within the steps, or they are too large: try smaller ones (steps=(1e-5, 1e-6, 1e-7))",
-    "rough": _UNCERTAIN
-    + "the meta-loss is rough, by {noise:.1e} at a value of {loss:.4g}, which is more than rounding "
-    "in float64. It jumps (round, argmax, a sample), or training amplifies rounding (Adam with a small eps where a "
-    "gradient is zero; many steps)",
-    "noise": _UNCERTAIN + "the meta-loss is {loss:.4g}, rounded at {noise:.1e}, and dividing by the step makes that "
+    "steps": _UNCERTAIN + "it changes from step to step by more than rounding explains. There is a kink or a jump "
+    "within the steps, or they are too large: try smaller ones (steps=(1e-5, 1e-6, 1e-7))",
+    "rough": _UNCERTAIN + "the meta-loss, {loss:.4g}, is rough by {noise:.1e}, more than rounding in float64. It jumps "
+    "(round, argmax, a sample), or training amplifies rounding (Adam with a small eps where a gradient is zero)",
+    "noise": _UNCERTAIN + "the meta-loss, {loss:.4g}, is rounded at {noise:.1e}, and dividing by the step makes that "
     "large. Take larger steps (steps=(1e-1, 1e-2, 1e-3)), or more inner steps",
 }
-_KEEPS = (
-    "{} keeps something from an earlier call: a copy that was never called gives another meta-loss. Compute it anew at "
-    "every call, from `model`, `meta_params` and `upstream`"
-)
-_OTHERWISE = (
-    "the same training ended at a meta-loss of {:.10g} with a graph and at {:.10g} without one. A plug-in draws random "
-    "numbers from a generator of its own, asks whether gradients are on, or keeps something from an earlier call"
-)
-_IN_PLACE = (
-    "{} updates in place, under no_grad, what the graph holds: the training goes on with the new value, the "
-    "hypergradient with the old one. Return a new tensor: g * scale"
-)
-_INEXACT = (
-    "an approximation by design ({}): the relative error is its own, as long as an exact estimator agrees; check with "
-    "Unrolled() (estimator=unrolled)"
-)
-_UNKNOWN = (
-    "some step of this training is not the one that is differentiated. Look in your losses, transforms, hand-overs and "
-    "objective for .detach(), .item(), torch.no_grad() or an in-place update of something that depends on the "
-    "meta-parameters (metaopt.explain_hypergradient finds cuts), and for a backward of your own"
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +74,7 @@ class CheckRow:
     @property
     def error(self) -> float:
         """Relative error of the hypergradient against the difference."""
-        return _relative(self.hypergradient, self.difference)
+        return self.gap / (self.scale or 1.0)
 
     @property
     def verdict(self) -> Verdict:
@@ -152,24 +127,18 @@ class CheckResult:
     @property
     def verdict(self) -> Verdict:
         """`differs` if any row does or a plug-in keeps something; `agrees` if a row of each meta-parameter does."""
-        if self.keepers or self._named("differs"):
+        if self.keepers or self._with("differs"):
             return "differs"
-        return "agrees" if self._named("agrees") and not self._not_shown else "undecided"
+        return "agrees" if self.rows and self._with("agrees") == self._with() else "undecided"
 
     @property
     def ok(self) -> bool:
         """Whether the verdict is `agrees`."""
         return self.verdict == "agrees"
 
-    def _named(self, verdict: Verdict) -> list[str]:
-        return list(dict.fromkeys(row.meta_param for row in self.rows if row.verdict == verdict))
-
-    @property
-    def _not_shown(self) -> list[str]:
-        """The meta-parameters of which no row agrees."""
-        return [
-            name for name in dict.fromkeys(row.meta_param for row in self.rows) if name not in self._named("agrees")
-        ]
+    def _with(self, *verdicts: Verdict) -> dict[str, None]:
+        """Return the meta-parameters that have a row of these verdicts, in order; all if none is given."""
+        return dict.fromkeys(row.meta_param for row in self.rows if not verdicts or row.verdict in verdicts)
 
     @property
     def headline(self) -> str:
@@ -182,7 +151,7 @@ class CheckResult:
             told += f"; largest relative error where they agree {worst:.1e}"
         if self.keepers:
             return f"a plug-in keeps something from an earlier call; for what it keeps: {told}"
-        names = self._named("differs") or self._not_shown
+        names = self._with("differs") or [name for name in self._with() if name not in self._with("agrees")]
         of = f" of {_listed(names)}" if names else ""
         return f"the hypergradient{of} {_HEADLINES[self.verdict]}: {told}"
 
@@ -196,15 +165,15 @@ class CheckResult:
 
         blocks = itertools.groupby(self.rows, key=lambda row: row.meta_param)
         shown = ([cells(row, "" if i else name) for i, row in enumerate(rows)] for name, rows in blocks)
-        return table(shown, ("meta-parameter", *head), _LEFT, title)
+        return table(shown, ("meta-parameter", *head), ("meta-parameter", "verdict"), title)
 
     def sweep_table(self) -> Table:
         """Return how far the hypergradient is from the difference at each step; the step that was taken is marked."""
         steps = [step for step, _ in self.rows[0].sweep]
-        made = table([], ("meta-parameter", "direction", *(f"h = {step:.0e}" for step in steps)), _LEFT)
+        made = table([], ("meta-parameter", "direction", *(f"h = {step:.0e}" for step in steps)), ["meta-parameter"])
         for row in self.rows:
-            errors = [(h == row.step, f"{_relative(row.hypergradient, slope):.1e}") for h, slope in row.sweep]
-            marked = (Text(f"{error} ←", style="bold") if taken else f"{error}  " for taken, error in errors)
+            errors = [(h, f"{replace(row, difference=slope).error:.1e}") for h, slope in row.sweep]
+            marked = (Text(f"{error} ←", style="bold") if h == row.step else f"{error}  " for h, error in errors)
             made.add_row(row.meta_param, row.direction, *marked)
         return made
 
@@ -224,10 +193,10 @@ class CheckResult:
         return found + [f"differs: {why}" for why in self._suspicions() if self.verdict == "differs"]
 
     def _why(self, cause: str, rows: list[CheckRow]) -> str:
-        if cause == "noise" and self.noise > _COARSE * abs(self.meta_loss):
-            cause = "rough"
-        if self.casts and cause not in ("kink", "biased"):
+        if self.casts and cause in ("noise", "steps"):
             cause = "casts"
+        elif cause == "noise" and self.noise > _COARSE * abs(self.meta_loss):
+            cause = "rough"
         return _WHY_UNDECIDED[cause].format(
             uncertainty=max(row.uncertainty for row in rows),
             slope=min(row.scale for row in rows),
@@ -241,23 +210,35 @@ class CheckResult:
     def _suspicions(self) -> Iterator[str]:
         plain_loss = self.meta_loss if self.plain_loss is None else self.plain_loss
         if self.keepers:
-            yield _KEEPS.format(_listed(self.keepers))
+            yield (
+                f"{_listed(self.keepers)} keeps something from an earlier call: a copy that was never called gives "
+                "another meta-loss. Compute it anew at every call, from `model`, `meta_params` and `upstream`"
+            )
         elif abs(self.meta_loss - plain_loss) > 1e-8 * abs(plain_loss) + 10 * self.noise:
-            yield _OTHERWISE.format(self.meta_loss, plain_loss)
+            yield (
+                f"the same training ended at a meta-loss of {self.meta_loss:.10g} with a graph and {plain_loss:.10g} "
+                "without one: a plug-in draws from a generator of its own, or asks whether gradients are on"
+            )
         if self.moved:
             yield f"training moves {left_out(self.moved)}"
         if self.in_place:
-            yield _IN_PLACE.format(_listed(self.in_place))
+            yield (
+                f"{_listed(self.in_place)} updates in place, under no_grad, what the graph holds: the training goes on "
+                "with the new value, the hypergradient with the old one. Return a new tensor: g * scale"
+            )
         elif self.inexact:
-            yield _INEXACT.format(_listed(self.inexact))
+            yield (
+                f"an approximation by design ({_listed(self.inexact)}): the relative error is its own, as long as an "
+                "exact estimator agrees; check with Unrolled() (estimator=unrolled)"
+            )
         elif not self.keepers:
-            yield _UNKNOWN
-
-
-def _relative(one: float, other: float) -> float:
-    return abs(one - other) / (max(abs(one), abs(other)) or 1.0)
+            yield (
+                "some step of this training is not the one that is differentiated. Look for .detach(), .item(), "
+                "torch.no_grad() or updates in place of what depends on the meta-parameters "
+                "(metaopt.explain_hypergradient finds cuts), and for a backward of your own"
+            )
 
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:MOST_NAMED]) + (", …" if len(names) > MOST_NAMED else "")
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -7,6 +7,7 @@ import itertools
 import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,8 +48,11 @@ class Pipeline:
         for module in as_named(meta_params).values():
             module.double()
         made = replace(self, chain=chain, objective=objective, batch=chain.move(self.batch), meta_params=meta_params)
-        copies = {slot: _copy_of(part) for slot, part in made.plug_ins.items()}
-        made.unused = {slot: part for slot, part in copies.items() if part is not None}
+        made.unused = {}
+        for slot, part in made.plug_ins.items():
+            if part is not None and not isinstance(part, (types.FunctionType, types.MethodType)):
+                with suppress(Exception):  # what cannot be copied is not suspected
+                    made.unused[slot] = copy.deepcopy(part)
         made.plug(copy.deepcopy(made.unused))  # so that the user's own do not keep something of these runs
         return made
 
@@ -81,12 +85,6 @@ class Pipeline:
     def biases(self) -> tuple[str, ...]:
         """Why some gradient is an estimate by design, as plug-ins say themselves."""
         return tuple(dict.fromkeys(_biases(self.plug_ins.values())))
-
-    @property
-    def inexact(self) -> tuple[str, ...]:
-        """The estimators that approximate, and whose they are."""
-        stages = self.chain.stages.items()
-        return tuple(f"{stage.estimator!r} of stage {name!r}" for name, stage in stages if not stage.estimator.exact)
 
     def run(self) -> tuple[TrainedChain, Tensor]:
         """Return the trained models and the meta-loss, in the graph where there is one."""
@@ -130,39 +128,28 @@ class Pipeline:
         quiet = self._quiet()
         used = quiet.plug_ins
 
-        def answer(slots: Iterable[str]) -> float:
+        def differs(slots: Iterable[str]) -> bool:
             quiet.plug({slot: copy.deepcopy(self.unused[slot]) for slot in slots})
             try:
-                return quiet.along(name, direction, [offset])[0]
+                return abs(quiet.along(name, direction, [offset])[0] - expected) > 10 * noise
             finally:
                 quiet.plug(used)
 
-        expected = answer(())
-        if not self.unused or abs(answer(self.unused) - expected) <= 10 * noise:
+        (expected,) = quiet.along(name, direction, [offset])
+        if not self.unused or not differs(self.unused):
             return ()
-        guilty = [slot for slot in self.unused if abs(answer([slot]) - expected) > 10 * noise]
+        guilty = [slot for slot in self.unused if differs([slot])]
         return tuple(f"{slot} ({type(self.unused[slot]).__name__})" for slot in guilty or self.unused)
 
 
 def _biases(parts: Iterable[Any], depth: int = 4) -> Iterator[str]:
     """Yield the `biased_because` of plug-ins, and of those inside them (a sum of losses)."""
     for part in parts:
-        reason = getattr(part, "biased_because", None)
-        if reason:
+        if reason := getattr(part, "biased_because", None):
             yield reason
         inside = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
         if depth and not isinstance(part, type):
             yield from _biases([p for p in inside.values() if isinstance(p, Mapping) or callable(p)], depth - 1)
-
-
-def _copy_of(part: Any) -> Any:
-    """Return a copy of a plug-in that may keep something; None of a function, or of what cannot be copied."""
-    if part is None or isinstance(part, (types.FunctionType, types.MethodType)):
-        return None
-    try:
-        return copy.deepcopy(part)
-    except Exception:
-        return None
 
 
 def noise_of(values: Sequence[float]) -> float:
@@ -178,28 +165,23 @@ def noise_of(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Central differences of one direction over steps h, and which of them is the most certain.
+    """Central differences of one direction over steps h, and the one of them that is the most certain.
 
-    `uncertainty` is what the best one cannot decide: how far it is from its neighbour, and never below `rounding`, what
-    noise of the meta-loss may change in it. `jump` is how much the slope differs between the two sides of a kink.
+    `uncertainty` is what the `difference` at `step` cannot decide: how far it is from its neighbour, and never below
+    `rounding`, what noise of the meta-loss may change in it. `jump` is how much the slope differs between the two sides
+    of a kink, and `sweep` has each step with its difference.
     """
 
-    slopes: tuple[float, ...]
-    best: int
+    difference: float
     uncertainty: float
+    step: float
     rounding: float
     jump: float
+    sweep: tuple[tuple[float, float], ...]
 
 
 def sweep(ends: Sequence[float], here: float, steps: Sequence[float], noise: float) -> Sweep:
-    """Read a sweep.
-
-    Args:
-        ends: the meta-loss at +h and −h, for each step h in turn.
-        here: the meta-loss in the middle.
-        steps: h.
-        noise: of the meta-loss.
-    """
+    """Read a sweep: the meta-loss at its `ends`, +h and −h for each of the `steps` h in turn, and in the middle."""
     above, below = ends[::2], ends[1::2]
     slopes = tuple((a - b) / (2 * h) for a, b, h in zip(above, below, steps, strict=True))
     # The two one-sided slopes differ by h·f'' where f is smooth, and by the same at every step where it has a kink.
@@ -209,7 +191,8 @@ def sweep(ends: Sequence[float], here: float, steps: Sequence[float], noise: flo
     jump = abs(bend * wider - more * h) / abs(wider - h)
     doubt = 4 * noise * (wider / h + h / wider) / abs(wider - h)
     is_kink = jump > max(10 * doubt, 0.5 * abs(more))
-    return Sweep(slopes, best, uncertainty, noise / h, jump if is_kink else 0.0)
+    found = tuple(zip(steps, slopes, strict=True))
+    return Sweep(slopes[best], uncertainty, h, noise / h, jump if is_kink else 0.0, found)
 
 
 def _most_certain(slopes: Sequence[float], steps: Sequence[float], noise: float) -> tuple[int, float]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaopt.base.errors import ConfigError, MissingPathError, StageError
+from metaopt.base.errors import ConfigError, MissingPathError, StageError, first_line
 from metaopt.base.ranges import check_counts
 from metaopt.core.chain import Chain
 from metaopt.core.contracts import Estimator, MetaObjective, Upstream
@@ -50,18 +50,17 @@ def compare_estimators(
 ) -> FidelityResult:
     """Measure each estimator's error against the exact hypergradient, and its time, peak bytes and flops.
 
-    Every estimator runs the same steps of all stages, from the same state, on the same data, in the same random state.
-    Errors are measured on float64 copies, where they are the estimator's own, and in the run's dtype; costs in the
-    run's dtype, after a first run, without what that alone takes (a captured product's tracing). One that fails gets a
-    row that says why. The user's chain and meta-parameters are not changed.
+    Every estimator runs the same steps of all stages, from the same state, on the same data, in the same random state
+    (of the objective: `seed`). Errors are measured on float64 copies, where they are the estimator's own, and in the
+    run's dtype; costs in the run's dtype, after a first run, without what that alone takes (a captured product's
+    tracing). One that fails gets a row that says why. The user's chain and meta-parameters are not changed.
 
     Args:
         chain, objective, batch, meta_params: as in a meta-step.
         estimators: name → what all stages are differentiated by; the chain's own are measured too.
         num_runs: timed, interleaved with each other and with plain training; the median counts.
-        num_points: of the training at which errors are measured.
+        num_points: of the training at which errors are measured; their mean counts.
         advance: takes the training (the chain, the meta-parameters) to its next point, and returns that one's batch.
-        seed: of the random state in which the objective is evaluated.
         on_run: called after each run, for a progress bar: `num_calls(...)` times in all.
 
     Raises:
@@ -77,7 +76,7 @@ def compare_estimators(
             kind = type(given).__name__
             raise ConfigError(f"compare_estimators: {name!r} is a {kind}, not an Estimator such as Truncated(5)")
     like = next(iter(chain.stages.values())).like
-    step = Pipeline(chain, objective, chain.move(batch), meta_params, seed)
+    step, plain = Pipeline(chain, objective, chain.move(batch), meta_params, seed), _Measured(PLAIN, None, on_run)
     methods = [_Measured(name, given, on_run) for name, given in {**estimators, OWN: None}.items()]
     notes: list[str] = []
     for point in range(num_points):
@@ -90,7 +89,6 @@ def compare_estimators(
             method.compare(method.in_float64, copies, exact)
         for method in methods:
             method.compare(method.in_run, step, exact)
-    plain = _Measured(PLAIN, None, on_run)
     _measure_costs(plain, methods, step, num_runs, like.device)
     return FidelityResult(
         rows=tuple(method.row(chain, plain) for method in methods),
@@ -112,12 +110,7 @@ def num_calls(num_estimators: int, num_points: int, num_runs: int) -> int:
 
 
 class TruncatedShare(Truncated):
-    """`Truncated`, its number of steps given as a share of each stage's: rounded, and at least one.
-
-    Args:
-        share: of the stage's steps, above 0 and at most 1.
-        product: as of `Checkpointed`.
-    """
+    """`Truncated` to a share of each stage's steps, above 0 and at most 1: rounded, and at least one step."""
 
     def __init__(self, share: float, product: Product | None = None) -> None:
         super().__init__(1, product)
@@ -167,29 +160,6 @@ def _exact(copies: Pipeline) -> tuple[Tensor, list[str]]:
     return found, notes
 
 
-def _measure_costs(
-    plain: _Measured, methods: list[_Measured], step: Pipeline, num_runs: int, device: torch.device
-) -> None:
-    """Measure plain training and each estimator: flops, peak, and seconds in turns."""
-
-    @torch.no_grad()
-    def train() -> None:
-        step.chain.unroll(step.meta_params)
-
-    tasks: list[tuple[_Measured, Callable[[], object]]] = [(plain, train)]
-    tasks += [(method, functools.partial(_entries, step.by(method.estimator))) for method in methods]
-    train()
-    for method, task in tasks:
-        method.flops = method.attempt(lambda task=task: count_flops(task)) or 0
-    for method, task in tasks:
-        method.peak = method.attempt(lambda task=task: peak_bytes(task, device)) or 0
-    for _ in range(num_runs):
-        for method, task in tasks:
-            taken = method.attempt(lambda task=task: _seconds(task, device))
-            if taken is not None:
-                method.seconds.append(taken)
-
-
 @dataclass
 class _Measured:
     """What was found of one estimator so far (None: the chain's own); after its first failure nothing more is."""
@@ -200,10 +170,8 @@ class _Measured:
     in_float64: list[Deviation] = field(default_factory=list)
     in_run: list[Deviation] = field(default_factory=list)
     failure: str = ""
-    warnings: dict[str, str] = field(default_factory=dict)
-    flops: int = 0
-    peak: int = 0
-    seconds: list[float] = field(default_factory=list)
+    warnings: dict[str, str] = field(default_factory=dict)  # a text without its numbers → the remark
+    costs: list[Any] = field(default_factory=list)  # flops, peak bytes, and the seconds of each run
 
     def compare(self, found: list[Deviation], step: Pipeline, exact: Tensor) -> None:
         """Add how far the hypergradient of a meta-step is from the exact one."""
@@ -215,34 +183,28 @@ class _Measured:
 
     def attempt(self, fn: Callable[[], T]) -> T | None:
         """Run a measurement unless one has failed before; keep its error, and what it warns of, once."""
-        try:
-            if self.failure:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            try:
+                return None if self.failure else fn()
+            except Exception as error:  # an estimator of the user's may raise anything; the others are measured still
+                if self.name == PLAIN:
+                    raise
+                text = first_line(error)
+                text = text.split(". ")[0] if isinstance(error, MissingPathError) else text
+                self.failure = f"{type(error).__name__}: {text}"
                 return None
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", RuntimeWarning)
-                found = fn()
-            for warning in caught:
-                text = str(warning.message)
-                if issubclass(warning.category, RuntimeWarning):
+            finally:
+                for text in (str(warning.message) for warning in caught):
                     self.warnings.setdefault(re.sub(r"[-+.e\d]+", "", text), f"{self.name}: {text}")
-                else:
-                    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            return found
-        except Exception as error:  # an estimator of the user's may raise anything; the others are measured still
-            if self.name == PLAIN:
-                raise
-            text = (str(error).strip().splitlines() or [""])[0]
-            text = text.split(". ")[0] if isinstance(error, MissingPathError) else text
-            self.failure = f"{type(error).__name__}: {text}"
-            return None
-        finally:
-            self.on_run()
+                self.on_run()
 
     def cost(self, plain: _Measured) -> Cost:
         """Return what it costs beside plain training."""
-        ratios = [own / other for own, other in zip(self.seconds, plain.seconds, strict=True)]
-        flops = self.flops / plain.flops if plain.flops else None
-        return Cost(statistics.median(self.seconds), statistics.median(ratios), self.peak, flops)
+        (flops, peak, *seconds), (plain_flops, _, *others) = self.costs, plain.costs
+        ratios = [own / other for own, other in zip(seconds, others, strict=True)]
+        more = flops / plain_flops if plain_flops else None
+        return Cost(statistics.median(seconds), statistics.median(ratios), peak, more)
 
     def row(self, chain: Chain, plain: _Measured) -> FidelityRow:
         """Return what was found."""
@@ -256,6 +218,25 @@ class _Measured:
             None if self.failure else self.cost(plain),
             self.failure,
         )
+
+
+def _measure_costs(
+    plain: _Measured, methods: list[_Measured], step: Pipeline, num_runs: int, device: torch.device
+) -> None:
+    """Measure plain training and each estimator: flops, peak, and seconds in turns."""
+
+    @torch.no_grad()
+    def train() -> None:
+        step.chain.unroll(step.meta_params)
+
+    tasks: list[tuple[_Measured, Callable[[], object]]] = [(plain, train)]
+    tasks += [(method, functools.partial(_entries, step.by(method.estimator))) for method in methods]
+    measures: list[Callable[[Callable[[], object]], float]] = [count_flops, lambda task: peak_bytes(task, device)]
+    measures += [lambda task: _seconds(task, device)] * num_runs
+    train()
+    for measure in measures:
+        for method, task in tasks:
+            method.costs.append(method.attempt(functools.partial(measure, task)))
 
 
 def _seconds(fn: Callable[[], object], device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -25,10 +26,7 @@ class Deviation:
     @classmethod
     def mean(cls, found: Sequence[Deviation]) -> Deviation | None:
         """Return the mean over several points of a training; None over none."""
-        if not found:
-            return None
-        columns = zip(*map(dataclasses.astuple, found), strict=True)
-        return cls(*(sum(column) / len(found) for column in columns))
+        return cls(fmean(d.cosine for d in found), fmean(d.relative_error for d in found)) if found else None
 
     @property
     def shown(self) -> str:
@@ -116,10 +114,8 @@ class FidelityResult:
         """What was measured, and on what."""
         steps = " + ".join(f"{n} {name}" for name, n in self.num_steps.items())
         points = "one point" if self.num_points == 1 else f"{self.num_points} points"
-        return (
-            f"hypergradient through {steps} steps, at {points} of the training; costs: {self.dtype}, {self.place}, "
-            f"median of {self.num_runs} runs"
-        )
+        costs = f"costs: {self.dtype}, {self.place}, median of {self.num_runs} runs"
+        return f"hypergradient through {steps} steps, at {points} of the training; {costs}"
 
     def table(self) -> Table:
         """Return plain training and the rows."""
@@ -131,11 +127,9 @@ class FidelityResult:
     def remarks(self) -> list[str]:
         """What the table alone does not say."""
         found = [f"{row.name} fails: {row.failure}" for row in self.rows if row.failure]
-        found += self.warnings
-        for row in self.rows:
-            if row.exact and row.in_float64 is not None and not row.is_exact:
-                found.append(f"{row.name} says that it is exact, and differs from it: look in {row.estimator}")
-        return [*found, *self.notes]
+        wrong = [row for row in self.rows if row.exact and row.in_float64 is not None and not row.is_exact]
+        said = [f"{row.name} says that it is exact, and differs from it: look in {row.estimator}" for row in wrong]
+        return [*found, *self.warnings, *said, *self.notes]
 
     @property
     def recommendation(self) -> list[str]:
@@ -144,18 +138,17 @@ class FidelityResult:
         for row in self.rows:
             if row.cost and not row.failure:
                 different.setdefault(row.estimator, (row, row.cost))
+        exact = [pair for pair in different.values() if pair[0].is_exact]
+        near = [pair for pair in different.values() if pair[0].is_near]
+        least = {
+            "fewest bytes, exact": min(exact, key=lambda pair: pair[1].peak_bytes, default=None),
+            "least time, exact": min(exact, key=lambda pair: pair[1].time, default=None),
+            f"least time, cosine ≥ {NEAR}": min(near, key=lambda pair: pair[1].time, default=None),
+        }
         lines = []
-        for label, which, by in (
-            ("fewest bytes, exact", "is_exact", "peak_bytes"),
-            ("least time, exact", "is_exact", "time"),
-            (f"least time, cosine ≥ {NEAR}", "is_near", "time"),
-        ):
-            among = [(row, cost) for row, cost in different.values() if getattr(row, which)]
-            if among:
-                row, cost = min(among, key=lambda pair, by=by: getattr(pair[1], by))
-                time, peak, _ = cost.cells
-                error = row.in_run.shown if row.in_run else ""
-                lines.append(f"{label}: {row.name} ({peak}, {time} plain training, rel. error {error})")
+        for label, (row, cost) in ((label, found) for label, found in least.items() if found):
+            error = row.in_run.shown if row.in_run else ""
+            lines.append(f"{label}: {row.name} ({cost.cells[1]}, {cost.cells[0]} plain training, rel. error {error})")
         return lines
 
     def __str__(self) -> str:

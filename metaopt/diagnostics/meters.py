@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -32,12 +33,8 @@ def count_flops(fn: Callable[[], object]) -> int:
 def peak_bytes(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Return the most bytes of tensors held at once while `fn` runs, above what was held at its start.
 
-    On a CPU every operation's output is followed until it is freed, so two runs give the same number; what a kernel
-    uses inside itself does not count. On CUDA it is the allocator's own count.
-
-    Args:
-        fn: called once; what it returns counts as held until its end.
-        device: where the tensors are.
+    On a CPU every operation's output is followed until it is freed, what `fn` returns to its end, so two runs give the
+    same number; what a kernel uses inside itself does not count. On CUDA it is the allocator's own count.
     """
     gc.collect()
     device = torch.device(device)
@@ -68,37 +65,29 @@ class HeldBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = {s._cdata for s in _storages((args, kwargs))}
-        for storage in _storages(out):
-            if storage._cdata not in given and storage._cdata not in self._alive:
-                self._follow(storage)
+        given = _storages((args, kwargs))
+        for key, storage in _storages(out).items():
+            if key not in given and key not in self._alive:
+                self._alive[key] = storage.nbytes(), weakref.ref(storage, functools.partial(self._freed, key))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
         return out
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def freed(_: object) -> None:
-            self.now -= self._alive.pop(key)[0]
-
-        self._alive[key] = size, weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def _freed(self, key: int, _: object) -> None:
+        self.now -= self._alive.pop(key)[0]
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     """Return the storages of the tensors that hold memory: not of those that only stand for others in a trace."""
     tensors = [x for x in tree_leaves(tree) if type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided]
-    return [x.untyped_storage() for x in tensors if x.device.type != "meta"]
+    return {(s := x.untyped_storage())._cdata: s for x in tensors if x.device.type != "meta"}
 
 
 def resident_peak(fn: Callable[[], object]) -> int:
     """Return the largest resident size of this process while `fn` runs, above that at its start, in bytes; on Linux.
 
     It includes what torch itself allocates, and is only comparable between fresh processes: memory that the allocator
-    kept from before is used again without being seen.
-
-    Raises:
-        MetaoptError: where the kernel does not tell, or does not let the mark be set back.
+    kept from before is used again without being seen. MetaoptError where the kernel does not tell.
     """
     gc.collect()
     try:

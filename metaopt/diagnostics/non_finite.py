@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,14 +22,13 @@ from metaopt.core.graphs import nodes
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, named_tensors
 from metaopt.core.plain import LOOK, broken
-from metaopt.core.view import FunctionalModel, Models
+from metaopt.core.view import Models, Tensors
 from metaopt.estimators.products.base import DoubleBackward, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.step_loss import Key, StepLoss
 from metaopt.estimators.storage import StepRecord
 from metaopt.estimators.sweep import Sweep
 from metaopt.estimators.update_vjp import Below
 
-Tensors = dict[str, Tensor]
 Cotangents = dict[Key, Tensor]
 
 
@@ -40,9 +40,8 @@ def locate_non_finite(
     The stages are run again, and swept back step by step, by the exact product. The chain is not changed.
 
     Args:
-        chain: in the state in which it was unrolled.
+        chain, meta_params: in the state in which the chain was unrolled.
         meta_loss: trained models → meta-loss, such as `lambda trained: objective(trained, batch, meta_params)`.
-        meta_params: as they were.
 
     Returns:
         What, in which stage, at which inner step, and the line of the loss if torch names it; None if all is finite.
@@ -50,19 +49,18 @@ def locate_non_finite(
     meta_params = as_modules(meta_params)
     with torch.no_grad():
         trained = chain.unroll(meta_params)
-    models = Models({name: _with_leaves(model, chain.stages[name].rule.names) for name, model in trained.items()})
+    models = Models()
+    for name, model in trained.items():
+        names = chain.stages[name].rule.names
+        models[name] = model.with_params({n: p.detach().requires_grad_(n in names) for n, p in model.params.items()})
     results = {name: dataclasses.replace(result, model=models[name]) for name, result in trained.results.items()}
     cotangents: Cotangents = {}
     found = _at_objective(meta_loss(TrainedChain(results, None)), models, meta_params, cotangents)
-    names = list(chain.stages)
-    for i in reversed(range(len(names))):
-        own = {name: cotangents.pop((names[i], name), None) for name in chain.stages[names[i]].rule.names}
-        if found or not any(c is not None for c in own.values()):
-            continue
-        upstream = Models({name: models[name] for name in names[:i]})
-        loop = chain.stages[names[i]].begin(names[i], upstream, {})
-        present = {name: c for name, c in own.items() if c is not None}
-        found = _through_stage(loop, meta_params, upstream, present, cotangents)
+    for name, stage in reversed(chain.stages.items()):
+        upstream = Models(itertools.takewhile(lambda pair, name=name: pair[0] != name, models.items()))
+        own = {n: cotangents.pop((name, n)) for n in stage.rule.names if (name, n) in cotangents}
+        if own and not found:
+            found = _through_stage(stage.begin(name, upstream, {}), meta_params, upstream, own, cotangents)
     return found
 
 
@@ -74,20 +72,16 @@ def located(
     return NonFiniteError(f"{error}. It arises {where}") if where else error
 
 
-def _with_leaves(model: FunctionalModel, names: Sequence[str]) -> FunctionalModel:
-    return model.with_params({n: p.detach().requires_grad_(n in names) for n, p in model.params.items()})
-
-
 def _at_objective(
     meta_loss: Tensor, models: Models, meta_params: AnyMetaParameters, cotangents: Cotangents
 ) -> str | None:
     """Differentiate the meta-objective alone, by trained weights and meta-parameters."""
     if not bool(meta_loss.isfinite()):
         return f"in the meta-objective: it is {meta_loss.item()}, at trained weights that are finite; {LOOK}"
-    leaves: Cotangents = {(None, name): tensor for name, tensor in named_tensors(meta_params).items()}
-    leaves |= {(stage, n): p for stage, model in models.items() for n, p in model.params.items() if p.requires_grad}
-    gradients = torch.autograd.grad(meta_loss, list(leaves.values()), allow_unused=True)
-    cotangents |= {key: g for key, g in zip(leaves, gradients, strict=True) if g is not None}
+    inputs: Cotangents = {(None, name): tensor for name, tensor in named_tensors(meta_params).items()}
+    inputs |= {(stage, n): p for stage, model in models.items() for n, p in model.params.items() if p.requires_grad}
+    gradients = torch.autograd.grad(meta_loss, list(inputs.values()), allow_unused=True)
+    cotangents |= {key: g for key, g in zip(inputs, gradients, strict=True) if g is not None}
     bad = broken({f"{stage}.{name}" if stage else name: g for (stage, name), g in cotangents.items()})
     return f"in the meta-objective: its derivative by {bad} is not finite; {LOOK}" if bad else None
 
@@ -97,7 +91,7 @@ def _through_stage(
 ) -> str | None:
     """Pull the cotangents of a stage's trained weights back through its steps, looking at each."""
     sweep = Sweep(loop, meta_params, upstream, DoubleBackward())
-    start = loop.start({n: loop.structure.params[n] for n in loop.rule.names}, meta_params, upstream)
+    start = loop.start(loop.own, meta_params, upstream)
     sweep.forward([start[name].detach() for name in loop.rule.names])
     below = Below(above)
     for t in reversed(range(loop.num_steps)):
@@ -105,13 +99,10 @@ def _through_stage(
         last, below = below, sweep.step_back(t, record, below, cotangents)
         if broken(below.params) or broken(below.state) or broken(cotangents):
             return f"in stage {loop.name!r}, at inner step {t} of {loop.num_steps}: {_half(sweep, t, record, last)}"
-    learned = {name: p for name, p in start.items() if p.grad_fn is not None and name in below.params}
-    if learned:
-        heads, weights = list(learned.values()), [below.params[name] for name in learned]
-        leaves = list(named_tensors(meta_params).values())
-        gradients = torch.autograd.grad(heads, leaves, weights, allow_unused=True)
-        cotangents |= {(loop.name, f"initial {i}"): g for i, g in enumerate(gradients) if g is not None}
-    if broken(cotangents):
+    learned = [name for name, p in start.items() if p.grad_fn is not None]
+    heads, weights = [start[name] for name in learned], [below.params.get(name) for name in learned]
+    gradients = linearized(heads, weights, list(named_tensors(meta_params).values()))
+    if broken(cotangents) or broken(dict(enumerate(gradients))):
         return f"in stage {loop.name!r}, before its first inner step: in a learned start"
     return None
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import metaopt
+from metaopt.diagnostics.paths.marks import is_in_place
 
 LOWER = (torch.float32, torch.float16, torch.bfloat16)
-_SHORT_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_OPERATORS_IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
 _TORCH, _METAOPT = (f"{Path(file).parent}{os.sep}" for file in (torch.__file__, metaopt.__file__))
 
 
@@ -31,7 +29,7 @@ class AllInFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func in _SHORT_CASTS:
+            if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
                 return args[0]
             if func in (Tensor.to, Tensor.type_as):
                 args = tuple(a.double() if isinstance(a, Tensor) and a.dtype in LOWER else a for a in args)
@@ -53,36 +51,27 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if _is_in_place(func) and given and given[0].requires_grad and not torch.is_grad_enabled():
-            frame = _outside_torch(sys._getframe(1))
-            if not frame.f_code.co_filename.startswith(_METAOPT):  # torch's optimizers, called from there
-                self.in_place = _with(self.in_place, frame)
+        behind = given and given[0].requires_grad and not torch.is_grad_enabled()
+        if behind and is_in_place(getattr(func, "__name__", "")):
+            file, place = _place()
+            if not file.startswith(_METAOPT):  # torch's optimizers, called from there
+                self.in_place = tuple(dict.fromkeys([*self.in_place, place]))
         result = func(*args, **kwargs)
         lower = isinstance(result, Tensor) and result.dtype in LOWER and result.requires_grad
         if lower and any(a.dtype == torch.float64 for a in given):
-            self.casts = _with(self.casts, _outside_torch(sys._getframe(1)))
+            self.casts = tuple(dict.fromkeys([*self.casts, _place()[1]]))
         return result
-
-
-def _is_in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in _OPERATORS_IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
 
 
 def _is_lower(value: Any) -> bool:
     return isinstance(value, torch.dtype) and value in LOWER
 
 
-def _outside_torch(frame: FrameType) -> FrameType:
-    """Return the innermost call outside torch."""
+def _place() -> tuple[str, str]:
+    """Return the file of the innermost call outside torch, and the call in words."""
+    frame: Any = sys._getframe(2)
     while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
         frame = frame.f_back
-    return frame
-
-
-def _with(places: tuple[str, ...], frame: FrameType) -> tuple[str, ...]:
-    """Return places and another, once."""
-    code, owner = frame.f_code, frame.f_locals.get("self")
-    function = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
-    place = f"{function} ({Path(code.co_filename).name}, line {frame.f_lineno})"
-    return places if place in places else (*places, place)
+    file, name, owner = frame.f_code.co_filename, frame.f_code.co_name, frame.f_locals.get("self")
+    function = name if owner is None else f"{type(owner).__name__}.{name}"
+    return file, f"{function} ({Path(file).name}, line {frame.f_lineno})"

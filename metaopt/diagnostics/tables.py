@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.box import Box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 STYLES = {"agrees": "green", "undecided": "yellow", "differs": "bold red", "fails": "red"}
@@ -18,9 +18,8 @@ def table(
     blocks: Iterable[Iterable[Sequence[str]]], head: Sequence[str], left: Sequence[str], title: str = ""
 ) -> Table:
     """Return blocks of rows as a table; verdicts are coloured, and the columns of `left` stand left."""
-    made = Table(title=title or None, title_justify="left")
-    for column in head:
-        made.add_column(column, justify="left" if column in left else "right")
+    columns = (Column(name, justify="left" if name in left else "right") for name in head)
+    made = Table(*columns, title=title or None, title_justify="left")
     for block in blocks:
         for row in block:
             made.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
@@ -31,7 +30,6 @@ def table(
 def plain(made: Table) -> str:
     """Return a table as text, without its title."""
     made.title, made.box, made.show_edge, made.pad_edge = None, _PLAIN, False, False
-    console = Console(file=io.StringIO(), width=1000, color_system=None)
-    with console.capture() as text:
-        console.print(made)
-    return text.get().rstrip("\n")
+    console = Console(file=(text := io.StringIO()), width=1000, color_system=None)
+    console.print(made)
+    return text.getvalue().rstrip("\n")

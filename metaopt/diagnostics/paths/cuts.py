@@ -5,7 +5,6 @@ from __future__ import annotations
 import linecache
 import os
 import sys
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from metaopt.core.view import FunctionalModel
 Source = tuple[str, str]  # ("meta-parameter" or "stage", its name)
 NO_GRAD = "torch.no_grad()"
 META_LOSS: Source = ("", "meta-loss")
+_WATCH = __name__.rpartition(".")[0]  # its frames lie below a torch call, and above the part that it runs
 
 
 class Part(NamedTuple):
@@ -39,8 +39,7 @@ class Part(NamedTuple):
         return self.name if self.stage is None else f"{self.name} of stage {self.stage!r}"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A line of source code."""
 
     file: str
@@ -57,12 +56,9 @@ class Place:
         return f"{self.file if relative.startswith('..') else relative}:{self.line}, in {self.function}"
 
 
-class Position(NamedTuple):
-    """Where Python is: the user's line, and the library's inside of it; `intended` where this library cuts itself."""
-
-    place: Place | None = None
-    inside: Place | None = None
-    intended: bool = False
+# Where Python is: the user's line, the library's inside of it, and whether this library cuts there itself.
+Position = tuple[Place | None, Place | None, bool]
+NOWHERE: Position = (None, None, False)
 
 
 class Operation(NamedTuple):
@@ -76,19 +72,18 @@ class Operation(NamedTuple):
     instead: str
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One operation that ends the path of what it is `of`, in a part of the chain."""
+class Cut(NamedTuple):
+    """One operation that ends the path of what it is `of`, in a part of the chain.
+
+    `place` is the user's line, `inside` the library's that it calls, and `intended` tells that this library cuts there.
+    """
 
     operation: Operation
-    at: Position
     part: Part
     of: frozenset[Source]
-
-    @property
-    def place(self) -> Place | None:
-        """The user's line."""
-        return self.at.place
+    place: Place | None
+    inside: Place | None
+    intended: bool
 
     @property
     def where(self) -> str:
@@ -98,19 +93,18 @@ class Cut:
     @property
     def by_design(self) -> bool:
         """Whether nothing is wrong with it, where another path leads to the same reader."""
-        return self.at.intended or self.operation.kind == "choice" or self.part.writes
+        return self.intended or self.operation.kind == "choice" or self.part.writes
 
     @property
     def key(self) -> tuple[str, Place | None]:
         """What tells it from other cuts of the same part."""
-        return self.operation.name, self.at.place or self.at.inside
+        return self.operation.name, self.place or self.inside
 
     def __str__(self) -> str:
-        name, shown = self.key
+        (name, shown), instead = self.key, self.operation.instead
         at = f" at {shown}" if shown else ""
-        within = f" (inside it: {self.at.inside})" if self.at.place and self.at.inside else ""
+        within = f" (inside it: {self.inside})" if self.place and self.inside else ""
         code = f"\n    {shown.code}" if shown and shown.code else ""
-        instead = self.operation.instead
         if self.part.writes:
             there = "" if name == NO_GRAD else f"; there, {instead}"
             instead = f"in the stage's loss, from upstream[...]: a hand-over writes without a graph{there}"
@@ -125,34 +119,23 @@ _NUMBER = "the tensor itself: one of a single entry goes wherever a number goes"
 _SMOOTH = "nothing, or a smooth stand-in: its derivative is 0 wherever it has one"
 _SOFT = "soft labels, logits.softmax(-1) (metaopt.Distillation), hidden states, or expected embeddings"
 
-_SEVERING = {
-    "detach": (".detach()", "the tensor without .detach(); a detached copy is for logs"),
-    "detach_": (".detach_()", "the tensor without .detach_()"),
-    "data": (".data", "the tensor without .data"),
-    "tensor": ("torch.tensor(...)", "the tensor itself, or torch.stack([...]) of several: torch.tensor copies values"),
-    "asarray": ("torch.asarray(...)", "the tensor itself"),
-    "new_tensor": (".new_tensor(...)", "the tensor itself: .new_tensor copies values"),
-    "__deepcopy__": ("copy.deepcopy(...)", "the tensor itself, or .clone()"),
-    "grad": ("torch.autograd.grad(...)", "torch.autograd.grad(..., create_graph=True)"),
-}
-_NUMBERS = {
-    "item": ".item()",
-    "tolist": ".tolist()",
-    "numpy": ".numpy()",
-    "__array__": "numpy.asarray(...)",
-    "__float__": "float(...)",
-    "__int__": "int(...)",
-    "__index__": "int(...)",
-    "__complex__": "complex(...)",
-}
+_SEVERING = {"detach": ".detach()", "detach_": ".detach_()", "data": ".data", "__deepcopy__": "copy.deepcopy(...)"}
+_SEVERING |= {"tensor": "torch.tensor(...)", "asarray": "torch.asarray(...)", "new_tensor": ".new_tensor(...)"}
+NUMBERS = {name: f".{name}()" for name in ("item", "tolist", "numpy")} | {"__array__": "numpy.asarray(...)"}
+NUMBERS |= {f"__{name}__": f"{name}(...)" for name in ("float", "int", "complex")} | {"__index__": "int(...)"}
 _COMPARISONS = {"eq": "==", "ne": "!=", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "bool": ".bool()"}
 _COMPARISONS |= {"greater": ">", "less": "<"} | {name: name for name in ("isclose", "logical_not", "isfinite")}
 _FLAT = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli", "normal", "floor_divide", "__floordiv__")
 _CASTS = {"to", "type", "type_as", "long", "int", "short", "byte", "char"}
 _CHOOSING = {"max", "min", "topk", "sort", "argsort", "nonzero", "where", "unique", "searchsorted", "bucketize"}
 
-_KNOWN = {name: Operation(label, "severed", instead) for name, (label, instead) in _SEVERING.items()}
-_KNOWN |= {name: Operation(label, "severed", _NUMBER) for name, label in _NUMBERS.items()}
+# By the name of torch's function: what cuts by itself, whatever its input.
+_KNOWN = {
+    name: Operation(label, "severed", "the tensor itself (of several, torch.stack([...])); a detached copy is for logs")
+    for name, label in _SEVERING.items()
+}
+_KNOWN["grad"] = Operation("torch.autograd.grad(...)", "severed", "torch.autograd.grad(..., create_graph=True)")
+_KNOWN |= {name: Operation(label, "severed", _NUMBER) for name, label in NUMBERS.items()}
 _KNOWN |= {name: Operation(f"comparison {sign}", "choice", _GATE) for name, sign in _COMPARISONS.items()}
 _KNOWN |= {name: Operation(name, "stepwise", _SMOOTH) for name in _FLAT}
 _KNOWN |= {name: Operation(name, "stepwise", _SOFT) for name in ("argmax", "argmin", "multinomial", "one_hot")}
@@ -163,19 +146,13 @@ def known(name: str) -> Operation | None:
     return _KNOWN.get(name) or (None if name.startswith("__") else _KNOWN.get(name.rstrip("_")))
 
 
-def gives_number(name: str) -> bool:
-    """Return whether a value leaves torch by a function of this name."""
-    return name in _NUMBERS
-
-
 def operation(name: str, output: Any) -> Operation:
     """Return what a torch function is that gave this output without a gradient."""
     if found := known(name):
         return found
     if isinstance(output, Tensor) and not (output.is_floating_point() or output.is_complex()):
-        if name in _CASTS:
-            return Operation("integer cast", "stepwise", _INTEGERS)
-        return Operation(name, "choice" if name in _CHOOSING else "stepwise", _INTEGERS)
+        label = "integer cast" if name in _CASTS else name
+        return Operation(label, "choice" if name in _CHOOSING else "stepwise", _INTEGERS)
     return Operation(name, "severed", "an operation that keeps the graph: this one returns a tensor without it")
 
 
@@ -188,18 +165,13 @@ def without_grad() -> Operation:
 # --- where ------------------------------------------------------------------------------------------------------
 
 
-def position(boundary: str, outermost: bool = False) -> Position:
-    """Return the innermost line of user code above the torch call in hand, or the outermost one.
-
-    Args:
-        boundary: the package that watches: its frames lie below the torch call, and above the part that it runs.
-        outermost: which line.
-    """
+def position(outermost: bool = False) -> Position:
+    """Return the innermost line of user code above the torch call in hand, or the outermost one."""
     frame: Any = sys._getframe(1)
-    while _module(frame).startswith(boundary):
+    while _module(frame).startswith(_WATCH):
         frame = frame.f_back
     user, library, on_request = None, None, False
-    while frame is not None and not _module(frame).startswith(boundary):
+    while frame is not None and not _module(frame).startswith(_WATCH):
         top = _module(frame).partition(".")[0]
         if top not in LIBRARIES:
             user = frame
@@ -207,12 +179,11 @@ def position(boundary: str, outermost: bool = False) -> Position:
                 break
         elif user is None and top not in BENEATH:
             library = library or frame
-            # The one cut of this library that a user asks for.
-            on_request = on_request or frame.f_code is FunctionalModel.detach.__code__
+            on_request |= frame.f_code is FunctionalModel.detach.__code__  # the one cut of ours that a user asks for
         frame = frame.f_back
     if library is None or (on_request and user):
-        return Position(_place(user))
-    return Position(_place(user), _place(library), _module(library).startswith("metaopt."))
+        return _place(user), None, False
+    return _place(user), _place(library), _module(library).startswith("metaopt.")
 
 
 def _module(frame: Any) -> str:

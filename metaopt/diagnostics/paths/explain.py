@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,9 +23,9 @@ _UNSEEN = (
     "What the meta-objective cuts is not in this graph, nor what an estimator leaves out by design: "
     "print(metaopt.explain_hypergradient(chain, objective, batch, meta_params)) looks there too"
 )
-Links = dict[Source, dict[Source, None]]  # source → its readers, in the order of the chain
-Status = Literal["whole", "partly cut", "cut"]
+_SAID = {"whole": "its path is whole", "partly cut": "its path is partly cut", "cut": "no path to the meta-loss"}
 _MOST_ROUTES = 6
+Links = list[tuple[Source, Source]]  # (source, its reader), in the order of the chain
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Path:
     remarks: tuple[str, ...]
 
     @property
-    def status(self) -> Status:
+    def status(self) -> Literal["whole", "partly cut", "cut"]:
         """`whole`, `partly cut` (some of what it acts through is not differentiated), or `cut`: no path at all."""
         if not self.routes:
             return "cut"
@@ -54,15 +54,14 @@ class Path:
     @property
     def text(self) -> str:
         """All but the name, as text."""
-        said = {"whole": "its path is whole", "partly cut": "its path is partly cut", "cut": "no path to the meta-loss"}
-        lines = []
+        lines = [_SAID[self.status]]
         if self.routes:
             lines += ["runs through " + ", and ".join(" → ".join((*route, "meta-loss")) for route in self.routes)]
         lost, only = ("partly lost", "also") if self.routes else ("lost", "only")
         for (where, of), cuts in itertools.groupby(self.cuts, key=lambda cut: (cut.where, cut.of)):
-            lines += [f"{lost} in {where}, which has {_and(of)} {only} through"]
+            lines += [f"{lost} in {where}, which has {' and '.join(map(_named, sorted(of)))} {only} through"]
             lines += ["  " + line for cut in cuts for line in str(cut).splitlines()]
-        return "\n  ".join([said[self.status], *lines, *self.remarks])
+        return "\n  ".join([*lines, *self.remarks])
 
 
 @dataclass(frozen=True)
@@ -109,17 +108,15 @@ def explain_hypergradient(
     a meta-step.
     """
     readings = read_chain(chain, objective, batch, meta_params)
-    links: Links = {}
-    readers: dict[str, dict[str, None]] = {}
-    for reading in readings:
-        reader = reading.part.reader
-        known = readers.setdefault(_named(reader), {})
-        for source in filter(reading.joins, reading.edges):
-            known[_named(source)] = None
-            links.setdefault(source, {})[reader] = None
-    paths = tuple(_path(name, readings, links) for name in named_tensors(meta_params))
-    failures = tuple(reading.failure for reading in readings if reading.failure)
-    return Explanation(paths, {reader: tuple(names) for reader, names in readers.items()}, failures)
+    links = list(dict.fromkeys((source, r.part.reader) for r in readings for source in r.edges if r.joins(source)))
+    readers: dict[Source, list[Source]] = {reading.part.reader: [] for reading in readings}
+    for source, reader in links:
+        readers[reader].append(source)
+    return Explanation(
+        tuple(_path(("meta-parameter", name), readings, links) for name in named_tensors(meta_params)),
+        {_named(reader): tuple(map(_named, sources)) for reader, sources in readers.items()},
+        tuple(reading.failure for reading in readings if reading.failure),
+    )
 
 
 def explained(
@@ -129,9 +126,7 @@ def explained(
     return _with(error, str(explain_hypergradient(chain, objective, batch, meta_params)))
 
 
-def explained_by_graph(
-    error: MissingPathError, missing: Sequence[str], meta_loss: Tensor, meta_params: AnyMetaParameters
-) -> MissingPathError:
+def explained_by_graph(error: MissingPathError, meta_loss: Tensor, meta_params: AnyMetaParameters) -> MissingPathError:
     """Return the same error, which says where the chain in the graph of the meta-loss loses the path, if one is there.
 
     The objective is not known here: one that reads the weights of the same stages stands for it.
@@ -149,9 +144,9 @@ def explained_by_graph(
         found = explain_hypergradient(chains.pop(), reads, None, meta_params)
     except Exception:  # the error that is at hand matters more
         return error
-    paths = tuple(found[name] for name in missing)
-    unseen = "" if all(path.cuts for path in paths) else f"\n{_UNSEEN}"
-    return _with(error, f"{Explanation(paths, found.readers, found.failures)}{unseen}")
+    found = replace(found, paths=tuple(found[name] for name in error.names))
+    unseen = "" if all(path.cuts for path in found.paths) else f"\n{_UNSEEN}"
+    return _with(error, f"{found}{unseen}")
 
 
 def _with(error: MissingPathError, explanation: str) -> MissingPathError:
@@ -159,38 +154,32 @@ def _with(error: MissingPathError, explanation: str) -> MissingPathError:
     return MissingPathError(f"{said}\n\n{explanation}")
 
 
-def _path(name: str, readings: Sequence[Reading], links: Links) -> Path:
-    start: Source = ("meta-parameter", name)
+def _path(start: Source, readings: Sequence[Reading], links: Links) -> Path:
     routes = tuple(itertools.islice(_routes(start, links), _MOST_ROUTES))
     reached = _reached(start, links)
-    cuts = [cut for reading in readings for cut in _cuts_of(reading, reached, links, bool(routes))]
-    remarks = [
-        _dead_end(source, readings)
-        for source in reached
-        if source != META_LOSS and source not in links and not any(source in cut.of for cut in cuts)
-    ]
-    return Path(name, routes, tuple(dict.fromkeys(cuts)), tuple(remarks))
+    cuts = dict.fromkeys(cut for reading in readings for cut in _cuts_of(reading, reached, links, bool(routes)))
+    ends = {source for source, _ in links}.union([META_LOSS], *(cut.of for cut in cuts))
+    return Path(start[1], routes, tuple(cuts), tuple(_dead_end(s, readings) for s in reached if s not in ends))
 
 
 def _routes(start: Source, links: Links) -> Iterator[tuple[str, ...]]:
-    for reader in links.get(start, ()):
-        if reader == META_LOSS:
+    for source, reader in links:
+        if source == start and reader == META_LOSS:
             yield ()
-        else:
+        elif source == start:
             yield from ((reader[1], *rest) for rest in _routes(reader, links))
 
 
 def _reached(start: Source, links: Links) -> list[Source]:
-    """Return the start and all that it has a path to, in the order of the chain."""
-    found, stack = {start: None}, [start]
-    while stack:
-        new = [reader for reader in links.get(stack.pop(), ()) if reader not in found]
-        found |= dict.fromkeys(new)
-        stack += new
+    """Return the start and all that it has a path to."""
+    found = {start: None}
+    for source, reader in links:  # in the order of the chain: once through is enough
+        if source in found:
+            found[reader] = None
     return list(found)
 
 
-def _cuts_of(reading: Reading, reached: Sequence[Source], links: Links, exists: bool) -> Iterator[Cut]:
+def _cuts_of(reading: Reading, reached: Iterable[Source], links: Links, exists: bool) -> Iterator[Cut]:
     """Yield the cuts of one part that keep something from the meta-loss that a meta-parameter reaches.
 
     Where a path `exists`, what never comes to the meta-loss is no loss, nor what is cut by design beside a gradient.
@@ -199,11 +188,11 @@ def _cuts_of(reading: Reading, reached: Sequence[Source], links: Links, exists: 
     if exists and META_LOSS not in _reached(reader, links):
         return
     for cut in sorted(reading.cuts, key=lambda cut: (str(cut.key[1]), cut.operation.name)):
-        for source in cut.of.intersection(reached):
-            joined = reader == source or reader in links.get(source, ())
-            if not (joined and cut.by_design) if exists else reader not in reached:
-                yield cut
-                break
+        lost = cut.of.intersection(reached)
+        if exists and cut.by_design:
+            lost = {source for source in lost if source != reader and (source, reader) not in links}
+        if lost and (exists or reader not in reached):
+            yield cut
 
 
 def _dead_end(source: Source, readings: Sequence[Reading]) -> str:
@@ -221,7 +210,3 @@ def _dead_end(source: Source, readings: Sequence[Reading]) -> str:
 
 def _named(source: Source) -> str:
     return "the meta-loss" if source == META_LOSS else f"{source[0]} {source[1]!r}"
-
-
-def _and(sources: Any) -> str:
-    return " and ".join(map(_named, sorted(sources)))

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from metaopt.base.errors import StageError
 from metaopt.base.streams import seeded
 from metaopt.core.chain import Chain, TrainedChain
-from metaopt.core.contracts import require_scalar
+from metaopt.core.contracts import Gradients, Tensors, require_scalar
 from metaopt.core.graphs import entries
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.core.plain import PlainSteps
-from metaopt.core.stage import Stage
 from metaopt.core.view import Models
 from metaopt.diagnostics.paths.cuts import Cut, Part, Source
-from metaopt.diagnostics.paths.inner_step import Step
 from metaopt.diagnostics.paths.marks import Watch, tensors_in
-from metaopt.diagnostics.paths.shaking import alike
 
 _LOOKS = 3  # inner steps in which a value is given another one, to see whether it is more than a log
 
@@ -54,13 +53,13 @@ class Reading:
             if source != self.part.reader:
                 self.edges[source] = self.edges.get(source, False) or nonzero
 
-    def connect_by_gradient(self, value: Tensor | None) -> None:
-        """Add an edge for every leaf that the value's graph reaches."""
-        if value is None or not value.requires_grad:
-            return
+    def connect_by_gradient(self, values: Iterable[Any]) -> None:
+        """Add an edge for every leaf that the values' graph reaches; each entry counts with another factor."""
+        live = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+        factors = [torch.linspace(0.5, 1.5, v.numel(), dtype=v.dtype, device=v.device).view_as(v) for v in live]
         watched = list(self.watch.sources.values())
-        found = torch.autograd.grad(value, [leaf for _, leaf in watched], allow_unused=True)
-        for (source, _), grad in zip(watched, found, strict=True):
+        found = torch.autograd.grad(live, [leaf for _, leaf in watched], factors, allow_unused=True) if live else ()
+        for (source, _), grad in zip(watched, found, strict=bool(live)):
             if grad is not None:
                 self.connect([source], bool(entries(grad).any()))
 
@@ -68,40 +67,19 @@ class Reading:
         """Return what this part computes, and note what it reads."""
         evaluate = functools.partial(self.watch.run, self.part, compute)
         values = evaluate()
-        for value in values:
-            self.connect(self.watch.sources_of(value))
+        self.connect(self.watch.read(values).carried)
         self.note(evaluate, values, values)
         return values
 
     def note(self, evaluate: Callable[[], list[Any]], values: list[Any], results: list[Any]) -> None:
-        """Note what was touched, and the cuts whose values the result depends on.
-
-        Args:
-            evaluate: runs the part again.
-            values: what it returned.
-            results: tensors behind which cuts may lie.
-        """
+        """Note what was touched, and the cuts behind `results` on which the `values` of another run depend."""
         self.touched |= self.watch.touched
-        for cut in (self.watch.cuts_behind(results) | self.watch.numbers) - self.cuts:
-            if self.harmless[cut] == _LOOKS:
-                continue
+        for cut in (self.watch.read(results).cuts | self.watch.numbers) - self.cuts:
             earlier = cut.part.writes or cut.part.stage != self.part.stage
-            if earlier or _matters(self.watch, evaluate, values, cut):
+            if self.harmless[cut] < _LOOKS and (earlier or self.watch.matters(cut, evaluate, values)):
                 self.cuts.add(cut)
             else:
                 self.harmless[cut] += 1
-
-
-def _matters(watch: Watch, evaluate: Callable[[], list[Any]], values: list[Any], cut: Cut) -> bool:
-    """Return whether the result changes with the value that the cut lets through: one that is logged does not."""
-    with watch.shaking(cut):
-        try:
-            again = evaluate()
-        except Exception:
-            return True
-        if not watch.was_shaken:
-            return cut not in watch.numbers
-    return len(values) != len(again) or not all(map(alike, values, again))
 
 
 def read_chain(chain: Chain, objective: Any, batch: Any, meta_params: AnyMetaParameters) -> list[Reading]:
@@ -116,8 +94,8 @@ def read_chain(chain: Chain, objective: Any, batch: Any, meta_params: AnyMetaPar
     chain.check(meta_params)
     readings, results, models = [], {}, Models()
     with torch.enable_grad():
-        for name, stage in chain.stages.items():
-            found, results[name] = _StageReader(watch, name, stage, meta_params, models, chain.owners).read()
+        for name in chain.stages:
+            found, results[name] = _read_stage(watch, name, chain, meta_params, models)
             readings += found
             models = Models({**models, name: results[name].model})
         trained = TrainedChain(results, version=None)
@@ -125,83 +103,96 @@ def read_chain(chain: Chain, objective: Any, batch: Any, meta_params: AnyMetaPar
     return readings
 
 
-class _StageReader:
-    """Reads the parts of one stage, in the order in which an unroll uses them."""
+def _read_stage(
+    watch: Watch, name: str, chain: Chain, meta_params: AnyMetaParameters, upstream: Models
+) -> tuple[list[Reading], InnerResult]:
+    """Return the readings of a stage's parts, in order, and its trained model with leaves for weights."""
+    parts = ("the initial weights", "the overrides", "the loss")
+    initial, overrides, reading = readings = [Reading(Part(part, name), watch) for part in parts]
+    loop = _begin(reading, lambda: chain.stages[name].begin(name, upstream, chain.owners))
+    own = {n: p.detach() for n, p in loop.own.items()}
+    start = initial.read_values(lambda: list(loop.start(own, meta_params, upstream).values()))
+    weights = dict(zip(own, start, strict=True))
+    steps = PlainSteps(loop, weights, loop.rule.initial_state(), loop.start_buffers(), meta_params, upstream)
+    leaves = {n: weight.requires_grad_() for n, weight in steps.weights().items()}
+    watch.add_source(("stage", name), leaves.values())
+    losses = []
+    for t in range(loop.num_steps):
+        overrides.read_values(lambda t=t: tree_leaves(loop.hyperparameters(t, meta_params)))
+        with torch.no_grad():
+            for n, weight in steps.weights().items():
+                leaves[n].copy_(weight)
+        taken = _Step(watch, loop, t, leaves, steps.buffers, meta_params, upstream).read(reading)
+        if taken is None:
+            break
+        loss, gradients, steps.buffers = taken
+        steps.update(t, gradients)
+        losses.append(loss)
+    trained = {n: weight.requires_grad_() for n, weight in steps.weights().items()}
+    watch.add_source(("stage", name), trained.values())
+    model = loop.trained_model({**loop.frozen, **trained}, steps.buffers, steps.state())
+    return readings, InnerResult(model, torch.stack(losses) if losses else torch.empty(0))
 
-    def __init__(
-        self,
-        watch: Watch,
-        name: str,
-        stage: Stage,
-        meta_params: AnyMetaParameters,
-        upstream: Models,
-        owners: Mapping[int, str],
-    ) -> None:
-        self.watch, self.name, self.stage = watch, name, stage
-        self.meta_params, self.upstream, self.owners = meta_params, upstream, owners
-        self.own: dict[str, Tensor] = {}
 
-    def read(self) -> tuple[list[Reading], InnerResult]:
-        """Return the readings, and the trained model with leaves for weights."""
-        parts = ("the initial weights", "the overrides", "the loss")
-        initial, overrides, loss = (Reading(Part(part, self.name), self.watch) for part in parts)
-        loop = self._begin(loss)
-        given, phi, upstream = loop.structure.params, self.meta_params, self.upstream
-        own = {name: given[name].detach() for name in loop.rule.names}
-        start = initial.read_values(lambda: list(loop.start(own, phi, upstream).values()))
-        weights = dict(zip(own, start, strict=True))
-        steps = PlainSteps(loop, weights, loop.rule.initial_state(), loop.start_buffers(), phi, upstream)
-        losses = []
-        for t in range(loop.num_steps):
-            overrides.read_values(lambda t=t: _numbers_in(loop.hyperparameters(t, phi)))
-            value = self._step(loop, t, steps, loss)
-            if value is None:
-                break
-            losses.append(value)
-        trained = {name: weight.requires_grad_() for name, weight in steps.weights().items()}
-        self.watch.add_source(("stage", self.name), trained.values())
-        model = loop.trained_model({**loop.frozen, **trained}, steps.buffers, steps.state())
-        result = InnerResult(model, torch.stack(losses) if losses else torch.empty(0))
-        return [initial, overrides, loss], result
+def _begin(reading: Reading, begin: Callable[[], InnerLoop]) -> InnerLoop:
+    """Draw or write the data; the tensors that a hand-over has cut are met again in the loss that reads them."""
+    watch = reading.watch
+    write = functools.partial(watch.run, Part("the hand-over", reading.part.stage), begin)
+    loop = write()
+    watch.close([list(micro) for micro in loop.batches])
+    data = tensors_in(loop.batches)
+    by_users = [cut for cut in watch.numbers if cut.place]  # a library's own only steer it
+    reading.cuts |= {cut for cut in by_users if watch.matters(cut, lambda: tensors_in(write().batches), data)}
+    return loop
 
-    def _begin(self, reading: Reading) -> InnerLoop:
-        """Draw or write the data; the tensors that a hand-over has cut are met again in the loss that reads them."""
 
-        def begin() -> InnerLoop:
-            stage, handover = self.stage, Part("the hand-over", self.name)
-            return self.watch.run(handover, lambda: stage.begin(self.name, self.upstream, self.owners), True)
+class _Step:
+    """One inner step that can be evaluated again: its loss, raw gradients and moved buffers."""
 
-        loop = begin()
-        self.watch.close([list(micro) for micro in loop.batches])
-        data = tensors_in(loop.batches)
-        by_users = [cut for cut in self.watch.numbers if cut.place]  # a library's own only steer it
-        reading.cuts |= {c for c in by_users if _matters(self.watch, lambda: tensors_in(begin().batches), data, c)}
-        return loop
+    def __init__(self, watch: Watch, loop: InnerLoop, t: int, params: dict[str, Tensor], *at: Any) -> None:
+        self._watch, self._loop, self._t, self._params, self._at = watch, loop, t, params, at
+        self._loss: Any = None
+        self._gradients: dict[str, Tensor | None] = dict.fromkeys(params)
+        self._buffers: Any = at[0]
+        self._failure = ""
 
-    def _step(self, loop: InnerLoop, t: int, steps: PlainSteps, reading: Reading) -> Tensor | None:
-        """Read the loss of step t and move on; None if there is no gradient to move along."""
-        step = Step(self.watch, loop, t, self._own(steps), steps.buffers, self.meta_params, self.upstream)
-        values = step.evaluate()
-        loss, gradients, buffers = step.loss, step.gradients, step.buffers
-        reading.connect_by_gradient(step.mixed(values))
-        reading.note(step.evaluate, values, [loss, *values])
-        steps.buffers = buffers
-        if all(g is None for g in gradients.values()):
-            reading.failure = step.failure or f"the loss of stage {self.name!r} reads no weight that it trains"
+    def read(self, reading: Reading) -> tuple[Tensor, Gradients, Tensors] | None:
+        """Note what the step reads; return loss, gradients and buffers, or None if nothing can move."""
+        values = self._evaluate()
+        loss, gradients, buffers = self._loss, self._gradients, self._buffers
+        trains = any(g is not None for g in gradients.values())
+        reading.connect_by_gradient(values if trains else [])
+        reading.note(self._evaluate, values, [loss, *values])
+        if not trains:
+            reading.failure = self._failure or f"the loss of stage {self._loop.name!r} reads no weight that it trains"
             return None
-        steps.update(t, {name: None if g is None else g.detach() for name, g in gradients.items()})
-        return loss.detach()
+        return loss.detach(), {name: None if g is None else g.detach() for name, g in gradients.items()}, buffers
 
-    @torch.no_grad()
-    def _own(self, steps: PlainSteps) -> dict[str, Tensor]:
-        """Return the present weights in the stage's leaves."""
-        weights = steps.weights()
-        if not self.own:
-            self.own = {name: weight.requires_grad_() for name, weight in weights.items()}
-            self.watch.add_source(("stage", self.name), self.own.values())
-        for name, leaf in self.own.items():
-            leaf.copy_(weights[name])
-        return self.own
+    def _evaluate(self) -> list[Any]:
+        """Return the step's gradients as the optimizer gets them; of a loss without a graph, the loss."""
+        watch, loop, given, self._loss = self._watch, self._loop, self._loop.loss, None
+
+        def recorded(*args: Any) -> Any:  # kept whether or not it can be differentiated
+            self._loss = given(*args)
+            return self._loss
+
+        loop.loss = recorded
+        params = {**loop.frozen, **self._params}
+        try:
+            taken = watch.run(Part("the loss", loop.name), lambda: loop.loss_at(self._t, params, *self._at))
+        except StageError as error:  # that it has no graph is what is to be explained
+            if self._loss is None:
+                raise
+            self._failure = str(error)
+            return [self._loss]
+        finally:
+            loop.loss = given
+        self._loss, self._buffers = taken
+        found = torch.autograd.grad(self._loss, list(self._params.values()), create_graph=True, allow_unused=True)
+        self._gradients = dict(zip(self._params, found, strict=True))
+        transform = Part("the transform", loop.name)
+        after = watch.run(transform, lambda: loop.transformed(self._gradients), more=True)
+        return [g for g in after.values() if g is not None] or [self._loss]
 
 
 def _read_objective(watch: Watch, compute: Callable[[], list[Any]]) -> Reading:
@@ -213,14 +204,8 @@ def _read_objective(watch: Watch, compute: Callable[[], list[Any]]) -> Reading:
 
     values = evaluate()
     if isinstance(values[0], Tensor):
-        reading.connect_by_gradient(require_scalar(values[0], "the meta-objective", needs_graph=False))
+        reading.connect_by_gradient([require_scalar(values[0], "the meta-objective", needs_graph=False)])
     else:
         reading.failure = f"the meta-objective returns a {type(values[0]).__name__}, not a tensor"
     reading.note(evaluate, values, values)
     return reading
-
-
-def _numbers_in(value: Any) -> list[Any]:
-    """Return the tensors and numbers of nested hyperparameters."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else None
-    return [value] if parts is None else [n for part in parts for n in _numbers_in(part)]
