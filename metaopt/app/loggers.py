@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError
+from metaopt.base.ranges import check_counts
 
 
 class Logger(AbstractContextManager[Any], ABC):
@@ -48,8 +49,7 @@ class PrintLogger(Logger):
 
     def __init__(self, folder: str | Path = ".", *, every: int = 1) -> None:
         super().__init__(folder)
-        if every < 1:
-            raise ConfigError(f"PrintLogger: every={every} must be at least 1")
+        check_counts("PrintLogger", every=every)
         self.every = every
 
     def __call__(self, record: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ class OutputSchema(Section):
 
 class CheckSchema(Section):
     num_directions: CountOrZero = 2
-    coordinates: Literal["few"] | dict[str, Any] | None = "few"
+    coordinates: Literal["few"] | dict[str, list[int]] | None = "few"
     steps: list[float] = []
     tolerance: Annotated[float, Field(ge=0)] = 1e-4
     warmup_steps: CountOrZero | None = None
