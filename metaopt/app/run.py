@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from metaopt.app import report
 from metaopt.app.build import build, stage_steps
 from metaopt.app.final import doubts, weight_quality, weights_of
-from metaopt.app.job import Job
+from metaopt.app.job import Job, threads
 from metaopt.app.tracking import save_meta_params, save_models
 from metaopt.base.errors import first_line, with_note
 from metaopt.base.streams import seeded
@@ -30,13 +30,24 @@ from metaopt.trainer import MetaResult
 NUM_ANSWERS = 6
 
 
-class Run(Job):
-    """One run. A context: `result.json` says `complete` or `failed` when it is left.
+def train(config: DictConfig, folder: str | Path) -> float:
+    """Build the parts, learn the meta-parameters, compare, report; return the selection metric.
 
-    Args:
-        config: the prepared config.
-        folder: where the run writes.
+    `config` is as `metaopt.app.config.prepare` returns it; the run writes to `folder`.
     """
+    with threads(config.trainer.num_threads), Run(config, folder) as run:
+        run.build([run.observe])
+        run.begin()
+        run.warm_up()
+        run.check_first_step()
+        result = run.learn()
+        run.compare()
+        run.save()
+    return result.meta_loss if result.score is None else result.score
+
+
+class Run(Job):
+    """One run. A context: `result.json` says `complete` or `failed` when it is left."""
 
     def __init__(self, config: DictConfig, folder: str | Path) -> None:
         super().__init__(config, folder)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from metaopt.app import cli
+from metaopt.app import cli, inspections
 from metaopt.app.config import prepare
 from metaopt.base.errors import ConfigError, MissingPathError, StageError
 
@@ -32,7 +32,7 @@ def target(slot: tuple[str, str], name: str) -> list[str]:
 def check(folder: Path, *overrides: str) -> str:
     """One check in this process."""
     with initialize_config_module("metaopt.conf", version_base="1.3"):
-        return cli.check(prepare(compose("check", overrides=list(overrides)), overrides), str(folder))
+        return inspections.check(prepare(compose("check", overrides=list(overrides)), overrides), str(folder))
 
 
 @pytest.fixture
@@ -157,7 +157,6 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) ->
     """What the command exits with, in this process."""
     quiet = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null")
     monkeypatch.setattr(sys, "argv", ["metaopt-check", f"hydra.run.dir={folder}", *quiet, *arguments])
-    monkeypatch.setattr(cli, "_verdicts", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     monkeypatch.delenv("HYDRA_FULL_ERROR")
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -196,6 +196,7 @@ def test_a_non_finite_meta_loss_stops_the_run(tmp_path: Path) -> None:
         (["data.noise=1.5"], "data: "),
         (["trainer.device=gpu"], "trainer.device = 'gpu' cannot be used here"),
         (["handover=hard_labels"], "argmax"),
+        (["objective=custom", "objective._target_=metaopt.MetaObjective"], "objective: TypeError"),
         (["chain=[student]", "~stage@stages.teacher"], "this is the first of chain"),
         (["meta_params.parametrisation=soft"], "no parametrisation 'soft'"),
     ],
