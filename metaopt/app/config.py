@@ -97,14 +97,12 @@ def _fill_in_shared_parts(raw: Raw) -> dict[str, str]:
     taken: dict[str, str] = {}
 
     def filled(node: Any, path: str) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        source = node.get(SHARED)
-        if source is not None:
-            node = {key: value for key, value in node.items() if key != SHARED}
-            if "_target_" not in node:  # a target of its own takes no argument from another one's
-                taken[path] = source
-                node = _merged(value_at(raw, source), node) if node else value_at(raw, source)
+        if isinstance(node, Mapping) and SHARED in node:
+            source, own = node[SHARED], {key: value for key, value in node.items() if key != SHARED}
+            if "_target_" in own:  # it takes no argument from another one's
+                return filled(own, path)
+            taken[path] = source
+            node = _merged(value_at(raw, source), own) if own else value_at(raw, source)
         return {k: filled(v, f"{path}.{k}") for k, v in node.items()} if isinstance(node, Mapping) else node
 
     raw["stages"] = {name: filled(stage, f"stages.{name}") for name, stage in raw["stages"].items()}

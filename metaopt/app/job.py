@@ -51,6 +51,7 @@ class Job:
         self.config, self.path = config, Path(folder)
         self.console = Console(width=None if sys.stdout.isatty() else WIDTH)
         self._start = time.perf_counter()
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def build(self, observers: Sequence[Callable[[dict[str, Any]], None]] = ()) -> None:
         """Build the data, fill their facts into the config, and build the trainer, which holds everything else."""
@@ -60,7 +61,6 @@ class Job:
 
     def begin(self) -> None:
         """Write `config.yaml`, and say what is run."""
-        self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(as_yaml(self.config))
         sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
         examples = f"; examples: {sizes}" if sizes else ""

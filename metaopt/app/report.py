@@ -13,10 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from metaopt.app.final import weights_of
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.check_result import CheckResult
 from metaopt.diagnostics.fidelity import OWN
 from metaopt.diagnostics.fidelity_result import FidelityResult
+from metaopt.meta_params.tables import summary
 
 SMALL = 8  # entries of a meta-parameter that are shown one by one
 NUM_PICTURED = 20
@@ -35,32 +38,79 @@ def say(console: Console, lines: Sequence[str], style: str = "") -> None:
         console.print(Text(line, style))
 
 
-def print_check(console: Console, check: CheckResult, sweep: bool = False) -> None:
-    """Show the hypergradient beside its central differences, one block of rows per meta-parameter, and the remarks."""
-    console.print(check.table("hypergradient of the first meta-step, in float64"))
-    if sweep:
-        say(
-            console,
-            ["relative error at each step h: truncation falls with h², rounding grows with 1/h, a mistake stays"],
-        )
-        console.print(check.sweep_table())
-    say(console, check.remarks)
-
-
-def _table(title: str | None, *columns: str, left: int = 1, **options: Any) -> Table:
+def _table(title: str | None, *columns: str, left: int = 1, **look: Any) -> Table:
     """Return an empty table whose first columns are flush left, and the others right."""
-    table = Table(title=title, title_justify="left", **options)
+    table = Table(title=title, title_justify="left", **look)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < left else "right")
     return table
 
 
-def print_summary(console: Console, learned: Mapping[str, float]) -> None:
-    """Show the few numbers that tell what was learned."""
-    table = _table("learned", box=None, show_header=False)
-    for name, value in learned.items():
-        table.add_row(name, f"{value:.4g}")
-    console.print(table)
+def print_check(console: Console, check: CheckResult, sweep: bool = False) -> None:
+    """Show the hypergradient beside its central differences, one block of rows per meta-parameter, and the remarks."""
+    console.print(check.table("hypergradient of the first meta-step, in float64"))
+    if sweep:
+        console.print("relative error at each h: truncation falls with h², rounding grows with 1/h, a mistake stays")
+        console.print(check.sweep_table())
+    say(console, check.remarks)
+
+
+def print_learned(console: Console, meta_params: AnyMetaParameters, data: DataBundle) -> None:
+    """Show what was learned: its summary, the weights of sources or examples; where there is neither, the tensors."""
+    learned, found = summary(meta_params), weights_of(meta_params)
+    if learned:
+        table = _table("learned", "", "", box=None, show_header=False)
+        for name, value in learned.items():
+            table.add_row(name, f"{value:.4g}")
+        console.print(table)
+    if found is not None:
+        key, weights = found
+        console.print(_table_of_sources(weights, data) if key == "source" else _table_of_examples(weights, data))
+    if not learned and found is None:
+        console.print(_table_of_tensors(named_tensors(meta_params)))
+
+
+def _table_of_sources(weights: Tensor, data: DataBundle) -> Table:
+    """Return each source's weight as a bar, good and bad ones marked."""
+    sources = _shares(weights, data)
+    highest = max(share for _, share, _, _ in sources)
+    table = _table("learned weight of each source (share of all weight)", "source", "", "share", box=None, left=2)
+    for name, share, colour, mark in sources:
+        bar = "█" * max(1, round(BAR * share / highest))
+        table.add_row(name, Text(bar, colour), f"{share:6.1%}", Text(mark, colour))
+    return table
+
+
+def _table_of_examples(weights: Tensor, data: DataBundle) -> Table:
+    """Return the distribution of the example weights, of clean and corrupted examples apart."""
+    table = _table("learned example weights", "", "examples", "lowest", "median", "highest", box=None)
+    for name, part, colour in _parts(weights, data.is_clean):
+        if len(part):
+            numbers = (part.min(), part.median(), part.max())
+            table.add_row(Text(name, colour), str(len(part)), *(f"{float(n):.3f}" for n in numbers))
+    return table
+
+
+def _table_of_tensors(tensors: Mapping[str, Tensor]) -> Table:
+    """Return small meta-parameters entry by entry, with the last hypergradient; of large ones, their range."""
+    table = _table("meta-parameters", "name", "value", "last hypergradient", box=None)
+    for name, tensor in tensors.items():
+        values, gradient = tensor.detach().flatten(), None if tensor.grad is None else tensor.grad.flatten()
+        if len(values) > SMALL:
+            spread = f"{float(values.min()):.4g} … {float(values.max()):.4g}"
+            table.add_row(f"{name} ({len(values)})", spread, "—" if gradient is None else f"norm {gradient.norm():.3e}")
+            continue
+        for i, value in enumerate(values.tolist()):
+            table.add_row(f"{name}[{i}]", f"{value:.6g}", "—" if gradient is None else f"{gradient[i].item():+.6e}")
+    return table
+
+
+def print_quality(console: Console, quality: Mapping[str, float]) -> None:
+    """Say in one line how well the weights tell good from bad data."""
+    if "good_source_weight" in quality:
+        console.print(f"The good sources hold {quality['good_source_weight']:.1%} of all weight.")
+    if "noise_auc" in quality:
+        console.print(f"A clean example outweighs a corrupted one with probability {quality['noise_auc']:.3f} (AUC).")
 
 
 def _shares(weights: Tensor, data: DataBundle) -> list[tuple[str, float, str, str]]:
@@ -79,59 +129,17 @@ def _parts(weights: Tensor, is_clean: Tensor | None) -> list[tuple[str, Tensor, 
     return [("clean", weights[is_clean], GOOD), ("corrupted", weights[~is_clean], BAD)]
 
 
-def print_weights(console: Console, key: str, weights: Tensor, data: DataBundle) -> None:
-    """Show the learned weights: of each `source` a bar, of examples their distribution; good and bad data marked."""
-    if key == "source":
-        sources = _shares(weights, data)
-        highest = max(share for _, share, _, _ in sources)
-        table = _table("learned weight of each source (share of all weight)", "source", "", "share", box=None, left=2)
-        for name, share, colour, mark in sources:
-            bar = "█" * max(1, round(BAR * share / highest))
-            table.add_row(name, Text(bar, style=colour), f"{share:6.1%}", Text(mark, style=colour))
-    else:
-        table = _table("learned example weights", "", "examples", "lowest", "median", "highest", box=None)
-        for name, part, colour in _parts(weights, data.is_clean):
-            if len(part):
-                numbers = (part.min(), part.median(), part.max())
-                table.add_row(Text(name, style=colour), str(len(part)), *(f"{float(n):.3f}" for n in numbers))
-    console.print(table)
-
-
-def print_quality(console: Console, quality: Mapping[str, float]) -> None:
-    """Say in one line how well the weights tell good from bad data."""
-    if "good_source_weight" in quality:
-        console.print(f"The good sources hold {quality['good_source_weight']:.1%} of all weight.")
-    if "noise_auc" in quality:
-        console.print(f"A clean example outweighs a corrupted one with probability {quality['noise_auc']:.3f} (AUC).")
-
-
-def print_meta_params(console: Console, tensors: Mapping[str, Tensor]) -> None:
-    """Show small meta-parameters entry by entry, with the last hypergradient; of large ones, their range."""
-    table = _table("meta-parameters", "name", "value", "last hypergradient", box=None)
-    for name, tensor in tensors.items():
-        values, gradient = tensor.detach().flatten(), None if tensor.grad is None else tensor.grad.flatten()
-        if len(values) > SMALL:
-            spread = f"{float(values.min()):.4g} … {float(values.max()):.4g}"
-            table.add_row(f"{name} ({len(values)})", spread, "—" if gradient is None else f"norm {gradient.norm():.3e}")
-            continue
-        slopes = ["—"] * len(values) if gradient is None else [f"{slope:+.6e}" for slope in gradient.tolist()]
-        for i, (value, slope) in enumerate(zip(values.tolist(), slopes, strict=True)):
-            table.add_row(f"{name}[{i}]", f"{value:.6g}", slope)
-    console.print(table)
-
-
 def print_answers(console: Console, answers: Mapping[str, Sequence[tuple[str, str, str]]]) -> None:
     """Show a few inputs as written, the right answer, and what each training answers.
 
     `answers`: training → rows of (input, right answer, the model's answer), the same inputs in each.
     """
-    if not any(answers.values()):
-        return
     table = _table("test examples", "as written", "right", *answers, left=2 + len(answers))
     for rows in zip(*answers.values(), strict=True):
         written, right, _ = rows[0]
-        table.add_row(written, right, *(Text(row[2], style="green" if row[2] == right else "red") for row in rows))
-    console.print(table)
+        table.add_row(written, right, *(Text(row[2], "green" if row[2] == right else "red") for row in rows))
+    if table.row_count:
+        console.print(table)
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], title: str) -> None:
@@ -142,11 +150,6 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], ti
     for name, values in scores.items():
         table.add_row(name, *(f"{values[metric]:.3f}" for metric in metrics))
     console.print(table)
-
-
-def print_doubts(console: Console, doubts: Sequence[str]) -> None:
-    """Show what speaks against a run, and what usually helps."""
-    say(console, [*doubts, REMEDIES] if doubts else [], "yellow")
 
 
 def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path, best_step: int | None = None) -> None:

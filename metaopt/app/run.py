@@ -21,7 +21,6 @@ from metaopt.app.tracking import save_meta_params, save_models
 from metaopt.base.errors import first_line, with_note
 from metaopt.base.streams import seeded
 from metaopt.core.chain import TrainedChain
-from metaopt.core.meta_params import named_tensors
 from metaopt.diagnostics.check import check_hypergradient
 from metaopt.losses.pipeline import as_trained
 from metaopt.meta_params.tables import baseline, summary
@@ -59,7 +58,6 @@ class Run(Job):
         self.logger: Any = None
 
     def __enter__(self) -> Run:
-        self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "metrics.jsonl").write_text("")
         return self
 
@@ -125,13 +123,15 @@ class Run(Job):
         if not names:
             answers["trained"] = self._test("trained", trainer.chain.train(trainer.meta_params, num_steps=0))
         self.metrics |= next(iter(self.scores.values()))
-        self._show_what_was_learned()
+        if trainer.learns:
+            report.print_learned(self.console, trainer.meta_params, self.data)
+            report.print_quality(self.console, self.metrics)
         report.print_answers(self.console, answers)
         plain = ", ".join(f"{n} {name} steps" for name, n in steps.items())
         trained_how = f"after training fresh models ({plain})" if names else "of the models trained on the way"
         report.print_scores(self.console, self.scores, f"test, {trained_how}")
         self.doubts = doubts(trainer, self.records, self.data, self.metrics)
-        report.print_doubts(self.console, self.doubts)
+        report.say(self.console, [*self.doubts, report.REMEDIES] if self.doubts else [], "yellow")
 
     def _test(self, name: str, trained: TrainedChain) -> Sequence[tuple[str, str, str]]:
         """Score the last stage on the test stream, fed as it was in training; return some of its answers."""
@@ -142,19 +142,6 @@ class Run(Job):
             with torch.no_grad(), seeded(0):  # a hand-over may sample what the stage reads
                 self.scores[name] = dict(data.score(model, [self.trainer.chain.move(batch) for batch in data.test]))
         return [] if data.answers is None else data.answers(model, data.test, NUM_ANSWERS)
-
-    def _show_what_was_learned(self) -> None:
-        if not self.trainer.learns:
-            return
-        meta_params = self.trainer.meta_params
-        found, learned = weights_of(meta_params), summary(meta_params)
-        if learned:
-            report.print_summary(self.console, learned)
-        elif found is None:
-            report.print_meta_params(self.console, named_tensors(meta_params))
-        if found is not None:
-            report.print_weights(self.console, *found, self.data)
-            report.print_quality(self.console, self.metrics)
 
     def save(self) -> None:
         """Write the meta-parameters and the plots, and tell the logger how it ended."""
