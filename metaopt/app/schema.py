@@ -172,7 +172,6 @@ def _problems_of_names(plain: Raw, stages: Raw, chain: list[str]) -> Iterator[st
     if not chain or len(set(chain)) < len(chain):
         yield f"chain = {chain}: at least one stage is needed, and each name once"
     elif not unknown:
-        yield from _problems_of_upstreams(plain, chain)
         for name in (name for name in stages if name not in chain):
             yield f"stages.{name} is not in chain = {chain}; add it there, or remove it with ~stage@stages.{name}"
     for name in stages:
@@ -180,13 +179,3 @@ def _problems_of_names(plain: Raw, stages: Raw, chain: list[str]) -> Iterator[st
             yield f"stages.{name}.warmup_steps would be lost: with carry: never every meta-step starts afresh"
     if value_at(plain, "trainer.patience") is not None and value_at(plain, "trainer.select_every") is None:
         yield "trainer.patience needs trainer.select_every: it counts looks at the selection stream"
-
-
-def _problems_of_upstreams(plain: Raw, chain: list[str]) -> Iterator[str]:
-    """Yield names of stages that metaopt's own parts ask for and that are not there, or not before them."""
-    parts = [(f"stages.{name}.{part}", i) for i, name in enumerate(chain) for part in ("loss", "generate")]
-    for path, option, known in [*((path, "upstream", chain[:i]) for path, i in parts), ("objective", "stage", chain)]:
-        asked = value_at(plain, f"{path}.{option}")
-        if str(value_at(plain, f"{path}._target_")).startswith("metaopt.") and asked not in (None, "???", *known):
-            before = "" if option == "stage" else f" before it in chain = {chain}"
-            yield f"{path}.{option} = {asked!r}: no such stage{before}{did_you_mean(asked, known)}"
