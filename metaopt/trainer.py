@@ -133,6 +133,10 @@ class MetaTrainer:
         """Return the validation batch of the next meta-step; the stream stays where it is."""
         return self.chain.move(self.validation.peek(1)[0])
 
+    def parts(self) -> tuple[Chain, Any, Any, AnyMetaParameters]:
+        """Return chain, objective, next batch and meta-parameters: what the diagnostics take."""
+        return self.chain, self.objective, self.next_batch(), self.meta_params
+
     def fit(self, meta_steps: int, progress: bool | Console = False) -> MetaResult:
         """Take meta-steps until `meta_steps` are done in all, or selection stops the run.
 
@@ -201,7 +205,7 @@ class MetaTrainer:
         try:
             return hypergradient(meta_loss, self.meta_params)
         except MissingPathError as error:
-            raise explained(error, self.chain, self.objective, self.next_batch(), self.meta_params) from error
+            raise explained(error, *self.parts()) from error
         except NonFiniteError as error:
             raise located(error, self.chain, self.meta_loss, self.meta_params) from error
 

@@ -64,7 +64,7 @@ def learn(config: DictConfig, bundle: metaopt.DataBundle) -> tuple[AnyMetaParame
     meta_params = build.build_meta_params(config)
     trainer = metaopt.MetaTrainer(
         chain,
-        build.build_objective(config),
+        build.build("objective", config.objective),
         meta_params,
         build.build_meta_optimizer(config, meta_params),
         bundle.validation,

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from metaopt.app.tracking import load_meta_params
-from metaopt.base.errors import ConfigError, MetaoptError
+from metaopt.base.errors import ConfigError, MetaoptError, first_line
 from metaopt.base.streams import derived_seed, seeded
 from metaopt.core.chain import Chain
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
@@ -36,9 +36,7 @@ def build_data(config: DictConfig) -> DataBundle:
     """Return the data set's streams, each cut to `limits.batches`."""
     limit = config.limits.batches
     with seeded(config.trainer.seed):
-        bundle = build("data", config.data)
-        if not isinstance(bundle, DataBundle):
-            raise ConfigError(f"data: {config.data._target_} returned a {type(bundle).__name__}, not a DataBundle")
+        bundle = build("data", config.data, kind=DataBundle)
         if limit is None:
             return bundle
         return replace(bundle, **{n: list(itertools.islice(bundle.stream(n), limit)) for n in bundle.stream_names})
@@ -85,37 +83,25 @@ def _slot(where: str, node: DictConfig) -> Callable[..., Any]:
 
 
 def _model(where: str, made: Callable[[], Any], config: DictConfig) -> nn.Module:
-    model = call(where, made)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"{where}: the target returned a {type(model).__name__}, not an nn.Module")
-    return model.to(device=_device(config.trainer.device), dtype=getattr(torch, config.trainer.dtype))
-
-
-def _device(name: str) -> torch.device:
+    device, dtype = config.trainer.device, getattr(torch, config.trainer.dtype)
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"trainer.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"trainer.device = {device!r} cannot be used here: {first_line(error)}") from error
+    return call(where, made, kind=nn.Module).to(device=device, dtype=dtype)
 
 
 def build_meta_params(config: DictConfig) -> AnyMetaParameters:
     """Return what is learned: one module, or a mapping where the config names several."""
     node, start_from = config.meta_params, config.trainer.get("start_from")
-    nodes = (
-        {"meta_params": node} if "_target_" in node else {f"meta_params.{name}": part for name, part in node.items()}
-    )
+    nodes = {"": node} if "_target_" in node else node
+    places = {name: f"meta_params.{name}".removesuffix(".") for name in nodes}
     with seeded(derived_seed(config.trainer.seed, _META_PARAMS)):
-        built = {where: _model(where, factory(where, part), config) for where, part in nodes.items()}
-    named: AnyMetaParameters = {where.removeprefix("meta_params."): module for where, module in built.items()}
-    meta_params = built.get("meta_params", named)
+        named = {name: _model(place, factory(place, nodes[name]), config) for name, place in places.items()}
+    meta_params: AnyMetaParameters = named.get("", named)
     if start_from is not None:
         call("trainer.start_from", load_meta_params, meta_params, start_from)
     return meta_params
-
-
-def build_objective(config: DictConfig) -> Callable[..., Any]:
-    """Return the meta-objective."""
-    return build("objective", config.objective)
 
 
 def build_meta_optimizer(config: DictConfig, meta_params: AnyMetaParameters) -> torch.optim.Optimizer | None:
@@ -143,7 +129,7 @@ def build_trainer(
     chain, meta_params = build_chain(config, bundle), build_meta_params(config)
     return MetaTrainer(
         chain,
-        build_objective(config),
+        build("objective", config.objective),
         meta_params,
         build_meta_optimizer(config, meta_params),
         bundle.validation,
@@ -155,9 +141,9 @@ def build_trainer(
     )
 
 
-def build(where: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
+def build(where: str, node: DictConfig, *args: Any, kind: type = object, **kwargs: Any) -> Any:
     """Return what a `_target_` node makes of its own arguments and these."""
-    return call(where, factory(where, node), *args, **kwargs)
+    return call(where, factory(where, node), *args, kind=kind, **kwargs)
 
 
 def factory(where: str, node: DictConfig) -> functools.partial[Any]:
@@ -166,10 +152,10 @@ def factory(where: str, node: DictConfig) -> functools.partial[Any]:
     return functools.partial(deferred.func, *deferred.args, **deferred.keywords)
 
 
-def call(where: str, made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a factory; whatever it raises becomes one message that says which part of the config it comes from."""
+def call(where: str, made: Callable[..., Any], *args: Any, kind: type = object, **kwargs: Any) -> Any:
+    """Call a factory; what it raises, or returns of another kind, is told with the part of the config it comes from."""
     try:
-        return made(*args, **kwargs)
+        found = made(*args, **kwargs)
     except Exception as error:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -179,6 +165,9 @@ def call(where: str, made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         frame = traceback.extract_tb(cause.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise ConfigError(f"{where}: {type(cause).__name__} at {place}: {cause}") from error
+    if not isinstance(found, kind):
+        raise ConfigError(f"{where}: the target returned a {type(found).__name__}, not a {kind.__name__}")
+    return found
 
 
 def stage_steps(config: DictConfig, meta_steps: int) -> dict[str, int]:

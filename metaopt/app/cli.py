@@ -1,14 +1,14 @@
-"""The commands: `metaopt`, one run in the order data flows; `metaopt-check`, its hypergradient beside differences;
-`metaopt-fidelity`, estimators beside the exact hypergradient.
+"""The commands: `metaopt`, one run; `metaopt-check`, its hypergradient beside differences; `metaopt-fidelity`, beside
+those of other estimators.
 
 Torch takes seconds to import, and shell completion runs this module at every TAB: whatever needs it is imported late.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import hydra
@@ -16,94 +16,43 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from metaopt.app.config import explained, prepare, with_facts
+from metaopt.app.config import explained, prepare
 from metaopt.base.errors import MetaoptError, was_told, with_note
 
-EXIT_CODES = {"agrees": 0, "differs": 2, "undecided": 3}  # of metaopt-check; 1: it could not be run
-
-
-def train(config: DictConfig, folder: str) -> float:
-    """Build the parts, learn the meta-parameters, compare, report; return the selection metric.
-
-    `config` is as `metaopt.app.config.prepare` returns it; the run writes to `folder`.
-    """
-    from metaopt.app.job import threads
-    from metaopt.app.run import Run
-
-    with threads(config.trainer.num_threads), Run(config, folder) as run:
-        run.config, data, trainer = assemble(config, [run.observe])
-        run.begin(data, trainer)
-        run.warm_up()
-        run.check_first_step()
-        result = run.learn()
-        run.compare()
-        run.save()
-    return result.meta_loss if result.score is None else result.score
-
-
-def check(config: DictConfig, folder: str) -> str:
-    """Build the parts, warm up, compare the hypergradient with differences, report; return the verdict."""
-    from metaopt.app.check_run import CheckRun
-
-    return _inspect(CheckRun, config, folder).verdict
-
-
-def compare_estimators(config: DictConfig, folder: str) -> Any:
-    """Build the parts, warm up, compare the estimators, report; return the `FidelityResult`."""
-    from metaopt.app.fidelity_run import FidelityRun
-
-    return _inspect(FidelityRun, config, folder)
-
-
-def _inspect(kind: Callable[..., Any], config: DictConfig, folder: str) -> Any:
-    from metaopt.app.job import threads
-
-    with threads(config.trainer.num_threads):
-        config, _, trainer = assemble(config)
-        run = kind(config, folder, trainer)
-        run.warm_up()
-        result = run.compare()
-        run.report(result)
-    return result
-
-
-def assemble(config: DictConfig, observers: Sequence[Callable[..., None]] = ()) -> tuple[DictConfig, Any, Any]:
-    """Return the config with the facts of its data, the data, and the trainer that holds everything else."""
-    from metaopt.app.build import build_data, build_trainer
-
-    data = build_data(config)
-    config = with_facts(config, data.facts)
-    return config, data, build_trainer(config, data, observers)
-
-
-_verdicts: list[str] = []  # of the jobs of this process; Hydra drops what they return
+EXIT_CODES = {"agrees": 0, "undecided": 3, "differs": 2}  # of metaopt-check, better ones first; 1: it could not be run
 
 
 def main() -> None:
     """Run `metaopt`."""
-    _run("config", train)
+    _run("config", "run", "train")
 
 
 def check_main() -> None:
     """Run `metaopt-check`; exit with the code of its verdict, of a sweep the worst."""
-    _run("check", lambda config, folder: _verdicts.append(check(config, folder)))
-    found = [verdict for verdict in ("differs", "undecided") if verdict in _verdicts]
-    sys.exit(EXIT_CODES[found[0]] if found else 0)
+    verdicts = _run("check", "inspections", "check")
+    sys.exit(EXIT_CODES[max(verdicts, key=list(EXIT_CODES).index, default="agrees")])
 
 
 def fidelity_main() -> None:
     """Run `metaopt-fidelity`."""
-    _run("fidelity", compare_estimators)
+    _run("fidelity", "inspections", "compare_estimators")
 
 
-def _run(name: str, command: Callable[[DictConfig, str], Any]) -> None:
-    """Run a command on the config that Hydra composes from `conf/<name>.yaml`.
+def _run(name: str, module: str, function: str) -> list[Any]:
+    """Call a function of the app on the config that Hydra composes from `conf/<name>.yaml`; return what it returns.
 
     What metaopt or Hydra refuses, or a user's part raises, is one message and exit code 1; a bug keeps its traceback.
     """
-    run = hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name=name)(
-        lambda composed: command(*_prepared(composed))
-    )
+    found: list[Any] = []  # of each job; Hydra drops what it returns
+
+    @hydra.main(version_base="1.3", config_path="pkg://metaopt.conf", config_name=name)
+    def run(composed: DictConfig) -> None:
+        job = HydraConfig.get()
+        overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
+        config = prepare(composed, cast(list[str], overrides), job.runtime.choices)
+        command = getattr(importlib.import_module(f"metaopt.app.{module}"), function)
+        found.append(command(config, job.runtime.output_dir))
+
     sys.path.append(os.getcwd())  # so that a class in the current folder can be named as a _target_
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every exception on instead of printing it
@@ -116,9 +65,4 @@ def _run(name: str, command: Callable[[DictConfig, str], Any]) -> None:
         if wants_traceback or not (isinstance(error, (MetaoptError, HydraException)) or was_told(error)):
             raise
         sys.exit(with_note(error) if was_told(error) else explained(error))
-
-
-def _prepared(composed: DictConfig) -> tuple[DictConfig, str]:
-    job = HydraConfig.get()
-    overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # one may hold an interpolation
-    return prepare(composed, cast(list[str], overrides), job.runtime.choices), job.runtime.output_dir
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose
@@ -12,12 +12,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from metaopt.app.schema import Raw, options_of, problems_of, value_at
-from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.app.schema import SHARED_PARTS, Raw, options_of, problems_of, value_at
+from metaopt.base.errors import ConfigError, did_you_mean, first_line
 
 SHARED = "_shared_"
-SHARED_PARTS = ("model", "optimizer", "schedule", "transform", "estimator", "product", "loss", "handover")
-FACT = re.compile(r"\$\{facts\.([^}]*)\}")
+ASKS = " asks for "  # a fact of the data
 
 
 def prepare(
@@ -34,12 +33,13 @@ def prepare(
     raw = _unresolved(config)
     if not isinstance(raw.get("stages"), Mapping) or not isinstance(raw.get("chain"), list):
         raise ConfigError("the config needs `chain`, a list of names, and `stages`, a mapping from name to stage")
-    untouched, taken = _fill_in_shared_parts(raw)
-    problems = list(_unreached(raw, taken, overrides, choices or {}))
+    taken = _fill_in_shared_parts(raw)
+    problems = list(_unreached(raw, taken.values(), overrides, choices or {}))
     _apply_limits(raw)
     filled = OmegaConf.create(raw)
-    plain, unresolved = _resolved(raw, filled, bool(raw.get("facts")))
-    _raise_if_any([*problems, *unresolved, *problems_of(plain, untouched)])
+    plain, unresolved = _resolved(raw, filled)
+    problems += [problem for problem in unresolved if ASKS not in problem]
+    _raise_if_any([*problems, *problems_of(plain, taken)])
     return filled
 
 
@@ -52,9 +52,9 @@ def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
     raw = _unresolved(config)
     raw["facts"] = {name: value for name, value in facts.items() if value is not None}
     filled = OmegaConf.create(raw, flags={"allow_objects": True})
-    plain, unresolved = _resolved(raw, filled, True)
+    plain, unresolved = _resolved(raw, filled)
     problems = [problem for problem in unresolved if problem.split(".")[0] not in (*SHARED_PARTS, "facts")]
-    if any("facts." in problem for problem in problems):
+    if any(ASKS in problem for problem in problems):
         gives = f"the data set gives only: {', '.join(raw['facts']) or 'none'}"
         problems += [f"{gives}; choose options that fit it (model, handover, meta_params), or let it give more"]
     _raise_if_any(problems or list(problems_of(plain, {})))
@@ -92,30 +92,21 @@ def _raise_if_any(problems: Sequence[str]) -> None:
         raise ConfigError(f"the config has {len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _fill_in_shared_parts(raw: Raw) -> tuple[dict[str, str], set[str]]:
-    """Put the shared parts under the stages' own values.
-
-    Returns: node path → shared path where nothing is a stage's own, and the shared parts that any stage takes.
-    """
-    untouched: dict[str, str] = {}
-    taken: set[str] = set()
+def _fill_in_shared_parts(raw: Raw) -> dict[str, str]:
+    """Put the shared parts under the stages' own values; return which node took which part: path → path."""
+    taken: dict[str, str] = {}
 
     def filled(node: Any, path: str) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        own = dict(node)
-        source = own.pop(SHARED, None)
-        if source is not None:
-            taken.add(source.split(".")[0])
-            if not own:
-                untouched[path] = source
-                own = value_at(raw, source)
-            elif "_target_" not in own:  # a target of its own takes no argument from another one's
-                own = _merged(value_at(raw, source), own)
-        return {k: filled(v, f"{path}.{k}") for k, v in own.items()} if isinstance(own, Mapping) else own
+        if isinstance(node, Mapping) and SHARED in node:
+            source, own = node[SHARED], {key: value for key, value in node.items() if key != SHARED}
+            if "_target_" in own:  # it takes no argument from another one's
+                return filled(own, path)
+            taken[path] = source
+            node = _merged(value_at(raw, source), own) if own else value_at(raw, source)
+        return {k: filled(v, f"{path}.{k}") for k, v in node.items()} if isinstance(node, Mapping) else node
 
     raw["stages"] = {name: filled(stage, f"stages.{name}") for name, stage in raw["stages"].items()}
-    return untouched, taken
+    return taken
 
 
 def _merged(under: Any, over: Any) -> Any:
@@ -124,10 +115,12 @@ def _merged(under: Any, over: Any) -> Any:
     return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}
 
 
-def _unreached(raw: Raw, taken: set[str], overrides: Sequence[str], choices: Mapping[str, str | None]) -> Iterator[str]:
+def _unreached(
+    raw: Raw, taken: Collection[str], overrides: Sequence[str], choices: Mapping[str, str | None]
+) -> Iterator[str]:
     """Yield each change of a shared part that no stage takes."""
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
-    for part in (part for part in SHARED_PARTS if part not in taken):
+    for part in (part for part in SHARED_PARTS if not any(f"{source}.".startswith(f"{part}.") for source in taken)):
         written = [key for key in keys if f"{key}.".startswith(f"{part}.")]
         changed = dict.fromkeys([*written, *_changes(_as_chosen(part, raw, choices), raw.get(part), part)])
         if part == "product" and changed:
@@ -166,8 +159,8 @@ def _apply_limits(raw: Raw) -> None:
                 part[key] = min(part[key], limit)
 
 
-def _resolved(raw: Raw, config: DictConfig, facts_are_known: bool) -> tuple[Raw, list[str]]:
-    """Return the config as plain containers, interpolations (of known facts too) resolved, and what cannot be."""
+def _resolved(raw: Raw, config: DictConfig) -> tuple[Raw, list[str]]:
+    """Return the config as plain containers, interpolations resolved, and those that cannot be, left as they are."""
     problems: list[str] = []
 
     def resolve(node: Any, parent: Any, key: Any, path: str) -> Any:
@@ -175,14 +168,13 @@ def _resolved(raw: Raw, config: DictConfig, facts_are_known: bool) -> tuple[Raw,
             return {k: resolve(v, parent[key], k, f"{path}.{k}") for k, v in node.items()}
         if isinstance(node, list):
             return [resolve(v, parent[key], i, f"{path}.{i}") for i, v in enumerate(node)]
-        if not isinstance(node, str) or "${" not in node or (FACT.search(node) and not facts_are_known):
+        if not isinstance(node, str) or "${" not in node:
             return node
         try:
             value = parent[key]
         except OmegaConfBaseException as error:
-            asked = FACT.findall(node)
-            reason = f"asks for facts.{', facts.'.join(asked)}" if asked else f"= {node}: {str(error).splitlines()[0]}"
-            problems.append(f"{path} {reason}")
+            facts = ", ".join(re.findall(r"\$\{(facts\.[^}]*)\}", node))
+            problems.append(f"{path}{ASKS}{facts}" if facts else f"{path} = {node}: {first_line(error)}")
             return node
         return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 

@@ -33,10 +33,7 @@ def weight_quality(meta_params: AnyMetaParameters, good_sources: Tensor | None, 
     `good_source_weight`: the good sources' share of all weight. `noise_auc`: the probability that an uncorrupted
     example outweighs a corrupted one.
     """
-    found = weights_of(meta_params)
-    if found is None:
-        return {}
-    key, weights = found
+    key, weights = weights_of(meta_params) or ("", Tensor())
     if key == "source" and good_sources is not None:
         return {"good_source_weight": float(weights[good_sources].sum() / weights.sum())}
     if key == "index" and is_clean is not None and 0 < int(is_clean.sum()) < len(is_clean):
@@ -45,7 +42,7 @@ def weight_quality(meta_params: AnyMetaParameters, good_sources: Tensor | None, 
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Return the area under the ROC curve: the probability that a positive scores above a negative."""
+    """Return the probability that a positive scores above a negative: the area under the ROC curve."""
     return float(roc_auc_score(positive.numpy(), scores.numpy()))
 
 
@@ -72,17 +69,15 @@ def doubts(
     for name, chance in by_chance.items():
         error = math.sqrt(chance * (1 - chance) / size) if size else 0.0
         if name in metrics and metrics[name] <= chance + 2 * error:
-            shown = name.replace("_", " ")
-            found.append(f"The {shown} on test, {metrics[name]:.3f}, is no better than chance ({chance:.3g}).")
+            told = f"{name.replace('_', ' ')} on test, {metrics[name]:.3f}"
+            found.append(f"The {told}, is no better than chance ({chance:.3g}).")
     return found
 
 
 def num_classes(trainer: MetaTrainer, data: DataBundle) -> int | None:
     """Return among how many classes, or tokens, the validated model chooses, by the data or its output layer."""
-    known = data.facts.get("num_labels") or data.facts.get("vocab_size")
-    if known is not None:
-        return known
     stages = trainer.chain.stages
     model = stages[getattr(trainer.objective, "stage", list(stages)[-1])].model
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return None if head is None else len(head.weight)
+    known = data.facts.get("num_labels") or data.facts.get("vocab_size")
+    return known or (None if head is None else len(head.weight))

@@ -1,4 +1,4 @@
-"""What the commands share: folder, console, clock, threads, and plain training with a bar."""
+"""What the commands share: the built parts, folder, console, clock, threads, and plain training with a bar."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from metaopt.app.config import as_yaml
-from metaopt.base.errors import ConfigError
+import metaopt
+from metaopt.app.build import build_data, build_trainer
+from metaopt.app.config import as_yaml, with_facts
 from metaopt.core.chain import TrainedChain
-from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.data.bundle import DataBundle
 from metaopt.progress import progress_bar
 from metaopt.trainer import MetaTrainer
 
 FEW = 4  # entries of a meta-parameter that are checked one by one
 WIDTH = 110  # of a log file, which has none of its own
-PACKAGES = ("metaopt-chain", "torch", "higher", "transformers", "hydra-core")
+PACKAGES = ("torch", "higher", "transformers", "hydra-core")
 
 
 @contextmanager
@@ -40,9 +42,9 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 class Job:
-    """One call of a command: the prepared config, the folder where it writes, its console, and the trainer."""
+    """One call of a command: the prepared config, the folder where it writes, its console, and what is built."""
 
-    section: ClassVar[str] = "trainer"  # of the config, whose `warmup_steps`, if any, count before each stage's own
+    data: DataBundle
     trainer: MetaTrainer
 
     def __init__(self, config: DictConfig, folder: str | Path) -> None:
@@ -51,16 +53,23 @@ class Job:
         self._start = time.perf_counter()
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def take(self, trainer: MetaTrainer, more: str = "") -> None:
-        """Keep the built trainer, write `config.yaml`, and say what is run."""
-        self.trainer = trainer
-        (self.path / "config.yaml").write_text(as_yaml(self.config))
-        self.console.print(f"{trainer.chain!r}{more}; writing to {self.path}")
+    def build(self, observers: Sequence[Callable[[dict[str, Any]], None]] = ()) -> None:
+        """Build the data, fill their facts into the config, and build the trainer, which holds everything else."""
+        self.data = build_data(self.config)
+        self.config = with_facts(self.config, self.data.facts)
+        self.trainer = build_trainer(self.config, self.data, observers)
 
-    def warm_up(self) -> None:
-        """Train each stage for its warm-up steps, by plain optimizers."""
-        stages, given = self.config.stages, self.config[self.section].get("warmup_steps")
-        steps = {str(n): stages[n].warmup_steps if given is None else given for n in self.config.chain}
+    def begin(self) -> None:
+        """Write `config.yaml`, and say what is run."""
+        (self.path / "config.yaml").write_text(as_yaml(self.config))
+        sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
+        examples = f"; examples: {sizes}" if sizes else ""
+        self.console.print(f"{self.trainer.chain!r}{examples}; writing to {self.path}")
+
+    def warm_up(self, num_steps: int | None = None) -> None:
+        """Train the stages by plain optimizers, for so many steps each; None for each stage's own warm-up."""
+        stages = self.config.stages
+        steps = {str(n): stages[n].warmup_steps if num_steps is None else num_steps for n in self.config.chain}
         if any(steps.values()):
             self.train(self.trainer.meta_params, steps, "warm-up")
 
@@ -70,34 +79,18 @@ class Job:
             chain = self.trainer.chain
             return chain.train(meta_params, num_steps=steps, on_step=lambda name, step, loss: advance(name))
 
+    def small_entries(self) -> dict[str, range]:
+        """Return the flat indices of each meta-parameter that has few."""
+        tensors = named_tensors(self.trainer.meta_params)
+        return {name: range(t.numel()) for name, t in tensors.items() if t.numel() <= FEW}
+
     def write(self, name: str, found: Mapping[str, Any]) -> None:
         """Write what was found as JSON, with what decides its bits beside the config, and how long it took."""
-        seconds, seed = time.perf_counter() - self._start, self.config.trainer.seed
-        beside = {"seconds": seconds, "seed": seed, "num_threads": torch.get_num_threads(), "versions": versions()}
+        versions = {"metaopt-chain": metaopt.__version__, **{package: version(package) for package in PACKAGES}}
+        beside = {
+            "seconds": time.perf_counter() - self._start,
+            "seed": self.config.trainer.seed,
+            "num_threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), **versions},
+        }
         (self.path / name).write_text(json.dumps({**found, **beside}, indent=2) + "\n")
-
-
-class Inspection(Job):
-    """One look at the hypergradient of a config, by the trainer of the run that would be started."""
-
-    verb: ClassVar[str]  # what the command does to the hypergradient
-
-    def __init__(self, config: DictConfig, folder: str | Path, trainer: MetaTrainer) -> None:
-        if not trainer.learns:
-            raise ConfigError(
-                f"there is no hypergradient to {self.verb}: these meta-parameters hold nothing to be learned; choose "
-                "others, such as meta_params=example_weights"
-            )
-        super().__init__(config, folder)
-        self.take(trainer)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

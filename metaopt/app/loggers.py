@@ -15,15 +15,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError
+from metaopt.base.ranges import check_counts
 
 
 class Logger(AbstractContextManager[Any], ABC):
     """An observer of the outer loop: `MetaTrainer(..., observers=[logger])`, or `logger=custom` of the command.
 
-    As a context it closes itself. The command also hands over what a run ends with (`finish`), and closes it.
-
-    Args:
-        folder: where it writes; of the command, the run's.
+    As a context it closes itself. The command gives it the run's folder and what the run ends with, and closes it.
     """
 
     def __init__(self, folder: str | Path = ".") -> None:
@@ -48,8 +46,7 @@ class PrintLogger(Logger):
 
     def __init__(self, folder: str | Path = ".", *, every: int = 1) -> None:
         super().__init__(folder)
-        if every < 1:
-            raise ConfigError(f"PrintLogger: every={every} must be at least 1")
+        check_counts("PrintLogger", every=every)
         self.every = every
 
     def __call__(self, record: Mapping[str, Any]) -> None:
@@ -79,11 +76,7 @@ class CSVLogger(Logger):
 
 
 class TensorBoardLogger(Logger):
-    """Event files for TensorBoard: scalars per meta-step; the weights' histogram and the plots at the end.
-
-    Raises:
-        ConfigError: the package `tensorboard` is not installed.
-    """
+    """Event files for TensorBoard: scalars per meta-step; the weights' histogram and the plots at the end."""
 
     def __init__(self, folder: str | Path = ".") -> None:
         super().__init__(folder)
@@ -110,13 +103,10 @@ class TensorBoardLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """A run of Weights & Biases: numbers per meta-step; final metrics, the weights' histogram and the plots at the end.
+    """A run of Weights & Biases: what `TensorBoardLogger` writes, and a `config.yaml` in the folder as its config.
 
-    A `config.yaml` in the folder becomes the run's config; `name` None stands for the folder's name. `mode="offline"`
-    needs no account and no network (`wandb sync FOLDER` uploads later).
-
-    Raises:
-        ConfigError: the package `wandb` is not installed.
+    `mode="offline"` needs no account and no network (`wandb sync FOLDER` uploads later). `name` is by default the
+    folder's.
     """
 
     def __init__(
@@ -154,6 +144,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _package(module: str, extra: str) -> Any:
+    """Return a module of an optional package, or say which extra installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

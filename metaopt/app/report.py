@@ -13,9 +13,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from metaopt.app.final import weights_of
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.check_result import CheckResult
+from metaopt.diagnostics.fidelity import OWN
+from metaopt.diagnostics.fidelity_result import FidelityResult
+from metaopt.meta_params.tables import summary
 
 SMALL = 8  # entries of a meta-parameter that are shown one by one
+NUM_PICTURED = 20
 BAR = 30  # characters of the longest bar
 GOOD, BAD, PLAIN = "#2a9d8f", "#e76f51", "#457b9d"
 REMEDIES = (
@@ -25,69 +32,77 @@ REMEDIES = (
 )
 
 
-def print_check(console: Console, check: CheckResult, sweep: bool = False) -> None:
-    """Show the hypergradient beside its central differences, one block of rows per meta-parameter, and the remarks."""
-    console.print(check.table("hypergradient of the first meta-step, in float64"))
-    if sweep:
-        console.print(
-            "relative error at each step h: truncation falls with h², rounding grows with 1/h, a mistake stays"
-        )
-        console.print(check.sweep_table())
-    for remark in check.remarks:
-        console.print(Text(remark))
+def say(console: Console, lines: Sequence[str], style: str = "") -> None:
+    """Show lines as they are, without reading markup into them."""
+    for line in lines:
+        console.print(Text(line, style))
 
 
-def _table(title: str | None, *columns: str, left: int = 1, **options: Any) -> Table:
+def _table(title: str | None, *columns: str, left: int = 1, **look: Any) -> Table:
     """Return an empty table whose first columns are flush left, and the others right."""
-    table = Table(title=title, title_justify="left", **options)
+    table = Table(title=title, title_justify="left", **look)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < left else "right")
     return table
 
 
-def print_summary(console: Console, learned: Mapping[str, float]) -> None:
-    """Show the few numbers that tell what was learned."""
-    table = _table("learned", box=None, show_header=False)
-    for name, value in learned.items():
-        table.add_row(name, f"{value:.4g}")
-    console.print(table)
+def print_check(console: Console, check: CheckResult, sweep: bool = False) -> None:
+    """Show the hypergradient beside its central differences, one block of rows per meta-parameter, and the remarks."""
+    console.print(check.table("hypergradient of the first meta-step, in float64"))
+    if sweep:
+        console.print("relative error at each h: truncation falls with h², rounding grows with 1/h, a mistake stays")
+        console.print(check.sweep_table())
+    say(console, check.remarks)
 
 
-def _shares(weights: Tensor, names: Sequence[str], good: Tensor | None) -> list[tuple[str, float, str, str]]:
-    """Return name, share of all weight, colour and mark of each source."""
-    known = {None: (PLAIN, ""), True: (GOOD, "✓ good"), False: (BAD, "✗ bad")}
-    labels = [*names, *map(str, range(len(names), len(weights)))]
-    marks = [known[None if good is None else bool(good[i])] for i in range(len(weights))]
-    shares = (weights / weights.sum()).tolist()
-    return [(label, share, *mark) for label, share, mark in zip(labels, shares, marks, strict=True)]
+def print_learned(console: Console, meta_params: AnyMetaParameters, data: DataBundle) -> None:
+    """Show what was learned: its summary, the weights of sources or examples; where there is neither, the tensors."""
+    learned, found = summary(meta_params), weights_of(meta_params)
+    if learned:
+        table = _table("learned", "", "", box=None, show_header=False)
+        for name, value in learned.items():
+            table.add_row(name, f"{value:.4g}")
+        console.print(table)
+    if found is not None:
+        key, weights = found
+        console.print(_table_of_sources(weights, data) if key == "source" else _table_of_examples(weights, data))
+    if not learned and found is None:
+        console.print(_table_of_tensors(named_tensors(meta_params)))
 
 
-def print_source_weights(console: Console, weights: Tensor, names: Sequence[str], good: Tensor | None) -> None:
-    """Show the learned weight of each source as a bar, good and bad ones marked."""
-    sources = _shares(weights, names, good)
+def _table_of_sources(weights: Tensor, data: DataBundle) -> Table:
+    """Return each source's weight as a bar, good and bad ones marked."""
+    sources = _shares(weights, data)
     highest = max(share for _, share, _, _ in sources)
     table = _table("learned weight of each source (share of all weight)", "source", "", "share", box=None, left=2)
     for name, share, colour, mark in sources:
         bar = "█" * max(1, round(BAR * share / highest))
-        table.add_row(name, Text(bar, style=colour), f"{share:6.1%}", Text(mark, style=colour))
-    console.print(table)
+        table.add_row(name, Text(bar, colour), f"{share:6.1%}", Text(mark, colour))
+    return table
 
 
-def _parts(weights: Tensor, is_clean: Tensor | None) -> list[tuple[str, Tensor, str]]:
-    """Return name, weights and colour of the examples that are told apart."""
-    if is_clean is None:
-        return [("all", weights, PLAIN)]
-    return [("clean", weights[is_clean], GOOD), ("corrupted", weights[~is_clean], BAD)]
-
-
-def print_example_weights(console: Console, weights: Tensor, is_clean: Tensor | None) -> None:
-    """Show the distribution of the learned example weights, of clean and corrupted examples apart."""
+def _table_of_examples(weights: Tensor, data: DataBundle) -> Table:
+    """Return the distribution of the example weights, of clean and corrupted examples apart."""
     table = _table("learned example weights", "", "examples", "lowest", "median", "highest", box=None)
-    for name, part, colour in _parts(weights, is_clean):
+    for name, part, colour in _parts(weights, data.is_clean):
         if len(part):
             numbers = (part.min(), part.median(), part.max())
-            table.add_row(Text(name, style=colour), str(len(part)), *(f"{float(n):.3f}" for n in numbers))
-    console.print(table)
+            table.add_row(Text(name, colour), str(len(part)), *(f"{float(n):.3f}" for n in numbers))
+    return table
+
+
+def _table_of_tensors(tensors: Mapping[str, Tensor]) -> Table:
+    """Return small meta-parameters entry by entry, with the last hypergradient; of large ones, their range."""
+    table = _table("meta-parameters", "name", "value", "last hypergradient", box=None)
+    for name, tensor in tensors.items():
+        values, gradient = tensor.detach().flatten(), None if tensor.grad is None else tensor.grad.flatten()
+        if len(values) > SMALL:
+            spread = f"{float(values.min()):.4g} … {float(values.max()):.4g}"
+            table.add_row(f"{name} ({len(values)})", spread, "—" if gradient is None else f"norm {gradient.norm():.3e}")
+            continue
+        for i, value in enumerate(values.tolist()):
+            table.add_row(f"{name}[{i}]", f"{value:.6g}", "—" if gradient is None else f"{gradient[i].item():+.6e}")
+    return table
 
 
 def print_quality(console: Console, quality: Mapping[str, float]) -> None:
@@ -98,19 +113,20 @@ def print_quality(console: Console, quality: Mapping[str, float]) -> None:
         console.print(f"A clean example outweighs a corrupted one with probability {quality['noise_auc']:.3f} (AUC).")
 
 
-def print_meta_params(console: Console, tensors: Mapping[str, Tensor]) -> None:
-    """Show small meta-parameters entry by entry, with the last hypergradient; of large ones, their range."""
-    table = _table("meta-parameters", "name", "value", "last hypergradient", box=None)
-    for name, tensor in tensors.items():
-        values, gradient = tensor.detach().flatten(), None if tensor.grad is None else tensor.grad.flatten()
-        if len(values) > SMALL:
-            spread = f"{float(values.min()):.4g} … {float(values.max()):.4g}"
-            table.add_row(f"{name} ({len(values)})", spread, "—" if gradient is None else f"norm {gradient.norm():.3e}")
-            continue
-        slopes = ["—"] * len(values) if gradient is None else [f"{slope:+.6e}" for slope in gradient.tolist()]
-        for i, (value, slope) in enumerate(zip(values.tolist(), slopes, strict=True)):
-            table.add_row(f"{name}[{i}]", f"{value:.6g}", slope)
-    console.print(table)
+def _shares(weights: Tensor, data: DataBundle) -> list[tuple[str, float, str, str]]:
+    """Return name, share of all weight, colour and mark of each source."""
+    marks = {None: (PLAIN, ""), True: (GOOD, "✓ good"), False: (BAD, "✗ bad")}
+    good = [None] * len(weights) if data.good_sources is None else data.good_sources.tolist()
+    labels = [*data.source_names, *map(str, range(len(data.source_names), len(weights)))]
+    shares = (weights / weights.sum()).tolist()
+    return [(label, share, *marks[is_good]) for label, share, is_good in zip(labels, shares, good, strict=True)]
+
+
+def _parts(weights: Tensor, is_clean: Tensor | None) -> list[tuple[str, Tensor, str]]:
+    """Return name, weights and colour of the examples that are told apart."""
+    if is_clean is None:
+        return [("all", weights, PLAIN)]
+    return [("clean", weights[is_clean], GOOD), ("corrupted", weights[~is_clean], BAD)]
 
 
 def print_answers(console: Console, answers: Mapping[str, Sequence[tuple[str, str, str]]]) -> None:
@@ -118,36 +134,27 @@ def print_answers(console: Console, answers: Mapping[str, Sequence[tuple[str, st
 
     `answers`: training → rows of (input, right answer, the model's answer), the same inputs in each.
     """
-    if not any(answers.values()):
-        return
     table = _table("test examples", "as written", "right", *answers, left=2 + len(answers))
     for rows in zip(*answers.values(), strict=True):
         written, right, _ = rows[0]
-        table.add_row(written, right, *(Text(row[2], style="green" if row[2] == right else "red") for row in rows))
-    console.print(table)
+        table.add_row(written, right, *(Text(row[2], "green" if row[2] == right else "red") for row in rows))
+    if table.row_count:
+        console.print(table)
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], title: str) -> None:
     """Show the test metrics of each training."""
-    if not scores:
-        return
     metrics = list(next(iter(scores.values())))
-    console.print(Text(title, style="italic"))
+    say(console, [title], "italic")
     table = _table(None, "weights", *(metric.replace("_", " ") for metric in metrics))
     for name, values in scores.items():
         table.add_row(name, *(f"{values[metric]:.3f}" for metric in metrics))
     console.print(table)
 
 
-def print_doubts(console: Console, doubts: Sequence[str]) -> None:
-    """Show what speaks against a run, and what usually helps."""
-    for doubt in [*doubts, REMEDIES] if doubts else []:
-        console.print(Text(doubt, style="yellow"))
-
-
 def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path, best_step: int | None = None) -> None:
     """Draw meta-loss and inner losses over the meta-steps; the best look at the selection stream is marked."""
-    figure, (axes,) = new_figure(6.4, 3.6)
+    figure, (axes,) = _figure()
     steps = [record["meta_step"] for record in records]
     for key in (k for k in records[0] if k.startswith("inner_loss/")):
         label = f"inner loss, {key.removeprefix('inner_loss/')}"
@@ -160,65 +167,87 @@ def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path, best_step: 
     if axes.get_ylim()[0] > 0:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
-def plot_source_weights(weights: Tensor, names: Sequence[str], good: Tensor | None, path: Path) -> None:
-    """Draw each source's share of the weight."""
-    figure, (axes,) = new_figure(6.4, 3.6)
-    labels, shares, colours, _ = zip(*_shares(weights, names, good), strict=True)
+def plot_weights(key: str, weights: Tensor, data: DataBundle, folder: Path) -> None:
+    """Draw the learned weights to `weights.png`; of examples with a picture, those that weigh least, too."""
+    figure, (axes,) = _figure()
+    if key == "source":
+        _draw_shares(axes, weights, data)
+    else:
+        _draw_histogram(axes, weights, data.is_clean)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    figure.savefig(folder / "weights.png")
+    if key == "index" and data.picture is not None:
+        lowest = torch.argsort(weights)[:NUM_PICTURED].tolist()
+        data.picture(lowest, folder / "lowest_weights.png", "Lowest learned weights")
+
+
+def _draw_shares(axes: Any, weights: Tensor, data: DataBundle) -> None:
+    labels, shares, colours, _ = zip(*_shares(weights, data), strict=True)
     axes.barh(labels, shares, color=colours)
     axes.axvline(1 / len(shares), color="grey", linewidth=1, linestyle=":", label="uniform")
-    figure.legend(frameon=False, loc="outside lower center")
     axes.invert_yaxis()
     axes.set(xlabel="share of all weight", title="Learned weight of each source")
     for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
         label.set_color("black" if colour == PLAIN else colour)
-    save_figure(figure, path)
 
 
-def plot_example_weights(weights: Tensor, is_clean: Tensor | None, path: Path) -> None:
-    """Draw histograms of the example weights, clean and corrupted apart."""
-    figure, (axes,) = new_figure(6.4, 3.6)
+def _draw_histogram(axes: Any, weights: Tensor, is_clean: Tensor | None) -> None:
     low, high = float(weights.min()), float(weights.max())
     margin = max(0.0, 0.01 * abs(high) + 1e-6 - (high - low)) / 2  # nearly equal weights still get bins of some width
     bins = torch.linspace(low - margin, high + margin, 42, dtype=torch.float64).tolist()
-    parts = _parts(weights, is_clean)
-    for name, part, colour in parts:
-        axes.hist(part.numpy(), bins=bins, color=colour, alpha=1 if len(parts) == 1 else 0.7, label=name)
-    if len(parts) > 1:
-        figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    for name, part, colour in _parts(weights, is_clean):
+        alone = is_clean is None
+        axes.hist(part.numpy(), bins=bins, color=colour, alpha=1 if alone else 0.7, label=None if alone else name)
     axes.set(xlabel="learned weight", ylabel="training examples", title="Learned example weights")
-    save_figure(figure, path)
 
 
 def plot_scores(scores: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Draw the test metrics of each training as bars, one panel per metric."""
     metrics = list(next(iter(scores.values())))
-    figure, panels = new_figure(3.2 * max(2, len(metrics)), 0.6 * len(scores) + 1.4, len(metrics))
+    figure, panels = _figure(3.2 * max(2, len(metrics)), 0.6 * len(scores) + 1.4, len(metrics), sharey=True)
     figure.suptitle("Test, by the weights trained with", fontsize=12)
-    for i, (axes, metric) in enumerate(zip(panels, metrics, strict=True)):
+    for axes, metric in zip(panels, metrics, strict=True):
         values = [values[metric] for values in scores.values()]
         bars = axes.barh(list(scores), values, color=[GOOD if name == "learned" else PLAIN for name in scores])
         axes.bar_label(bars, fmt="%.3f", padding=3)
         axes.margins(x=0.2)
         if not any(values):
             axes.set_xlim(0, 1)
-        axes.invert_yaxis()
-        axes.set(xlabel=metric.replace("_", " "), yticks=range(len(scores)), yticklabels=list(scores) if not i else [])
-    save_figure(figure, path)
+        axes.set(xlabel=metric.replace("_", " "))
+    panels[0].invert_yaxis()
+    figure.savefig(path)
 
 
-def new_figure(width: float, height: float, num_panels: int = 1, **options: Any) -> tuple[Any, Any]:
+def plot_fidelity(result: FidelityResult, path: Path) -> None:
+    """Draw each estimator's error in the run's dtype against its peak bytes and its time; nothing if all fail."""
+    found = [(row, row.cost) for row in result.rows if row.cost and row.in_run and row.name != OWN]
+    if not found:
+        return
+    figure, (left, right) = _figure(10.4, 4.6, 2, sharey=True)
+    figure.suptitle("Error of the hypergradient, and what it costs (filled: exact but for rounding)", fontsize=12)
+    left.set(xlabel="peak of tensors held (MB)", ylabel=f"relative error, in {result.dtype}", yscale="log")
+    right.set(xlabel="time (plain training = 1)")
+    for i, (row, cost) in enumerate(found):
+        colour, error = f"C{i % 10}", max(row.error, 2.0**-53)
+        face = colour if row.is_exact else "white"
+        style = {"marker": "osD^vP*X<>"[i % 10], "facecolor": face, "edgecolor": colour, "s": 45, "zorder": 3}
+        left.scatter(cost.peak_bytes / 1e6, error, label=row.name, **style)
+        right.scatter(cost.time, error, **style)
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(color="0.92", zorder=0)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path)
+
+
+def _figure(width: float = 6.4, height: float = 3.6, num_panels: int = 1, **options: Any) -> tuple[Any, Any]:
     """Return a figure and its panels, side by side."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")  # not pyplot: no global state, no window
     panels = figure.subplots(1, num_panels, squeeze=False, **options)[0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure to a PNG, its folder made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -7,10 +7,9 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import re
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -19,9 +18,15 @@ from pydantic_core import ErrorDetails
 from metaopt.base.errors import did_you_mean
 
 SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
-Place = tuple[int | str, ...]
-Problems = Iterator[tuple[Place, str]]
-SAID = "said"  # the type of an error whose text and place are ours
+# What the program adds when it calls a part of a stage or of the run: positional arguments, those that a function gets
+# at every step (a class is built without them), and named ones.
+ADDED: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    **dict.fromkeys(("optimizer", "schedule", "meta_optimizer", "logger"), (1, 0, ())),
+    "transform": (0, 1, ()),
+    **dict.fromkeys(("overrides", "initial"), (0, 2, ())),
+    "generate": (0, 0, ("batches",)),
+}
+Problems = Iterator[tuple[str, str]]  # path, and what is wrong there, {path} standing for it
 _WANTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
@@ -37,45 +42,31 @@ _WANTED = {
 }
 
 
-def problems_of_target(
-    node: Any, supplied: int = 0, per_step: int = 0, given: Collection[str] = (), complete: bool = True
-) -> Problems:
-    """Yield what is wrong with a `_target_` node and those nested in it: where, and what, {path} being the whole path.
+def problems_of_targets(node: Any, path: str = "", is_nested: bool = False) -> Problems:
+    """Yield what is wrong with the `_target_` nodes of plain containers; what `${` is in is not checked."""
+    if _is_target(node):
+        yield from _problems_of_target(node, path, is_nested)
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from problems_of_targets(value, f"{path}.{key}" if path else str(key), is_nested or _is_target(node))
 
-    Args:
-        node: a plain container; strings with `${` are not resolved yet and are not checked.
-        supplied: how many positional arguments the program adds when it calls the target.
-        per_step: how many more a function gets at every step; a class is built without them.
-        given: names of arguments that the program adds.
-        complete: False where what calls the target is not known, so that it may add any argument.
-    """
-    if not isinstance(node, Mapping):
-        yield (), f" = {node!r}: a mapping with a _target_ is needed"
-        return
-    target, here = node.get("_target_"), ("_target_",)
-    if not isinstance(target, str) or target == "???":
+
+def _problems_of_target(node: Mapping[str, Any], path: str, is_nested: bool) -> Problems:
+    target, here = str(node["_target_"]), f"{path}._target_"
+    if target == "???":
         yield here, " is not set: give the dotted path of a class or function, such as {path}=my_module.MyClass"
         return
     try:
         called = locate(target)
     except Exception as error:  # importing a user's module can raise anything
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-        searched = f"searched: what is installed, and {os.getcwd()}"
-        yield here, f" = {target} cannot be imported: {kind}{error} ({searched})"
-        return
-    if not callable(called):
-        yield here, f" = {target}: a {type(called).__name__} cannot be called"
-    elif inspect.isabstract(called):
-        undefined = ", ".join(sorted(getattr(called, "__abstractmethods__", ())))
-        yield here, f" = {target}: the class does not define {undefined}"
+        yield here, f" = {target} cannot be imported (from what is installed, or the current folder): {kind}{error}"
     else:
-        yield from _problems_of_nested(node)
-        added = supplied if inspect.isclass(called) else supplied + per_step
-        yield from _problems_of_arguments(called, node, added, given if complete else None)
+        yield from _problems_of_arguments(called, node, path, is_nested)
 
 
 def locate(path: str) -> Any:
-    """Return what a dotted path names, importing modules on the way; raise ImportError where it ends."""
+    """Return the callable of a dotted path, importing modules on the way; raise ImportError where it ends."""
     names = path.split(".")
     if not all(name.isidentifier() for name in names):
         raise ImportError("a dotted path such as my_module.MyClass is needed")
@@ -87,42 +78,38 @@ def locate(path: str) -> Any:
         if not hasattr(found, name):
             raise ImportError(f"{parent} has no {name!r}{did_you_mean(name, dir(found), others=False)}")
         found = getattr(found, name)
+    if not callable(found):
+        raise ImportError(f"a {type(found).__name__} cannot be called")
     return found
 
 
-def _problems_of_nested(node: Any) -> Problems:
-    """Yield what is wrong with the `_target_` nodes below a node."""
-    for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
-        found: Problems = iter(())
-        if _is_target(value):
-            found = problems_of_target(value, complete=not value.get("_partial_", False))
-        elif isinstance(value, (Mapping, list)):
-            found = _problems_of_nested(value)
-        yield from (((key, *place), text) for place, text in found)
-
-
-def _problems_of_arguments(called: Any, node: Mapping[str, Any], added: int, given: Collection[str] | None) -> Problems:
-    """Yield what does not fit the signature; `given` None: what is missing may be added by the caller."""
+def _problems_of_arguments(called: Any, node: Mapping[str, Any], path: str, is_nested: bool) -> Problems:
+    """Yield what does not fit the signature; to a nested partial, the one who calls it may add anything."""
     target, arguments = node["_target_"], {name: value for name, value in node.items() if name not in SPECIAL}
-    yield from (((name,), " is not set") for name, value in arguments.items() if value == "???")
     try:
         parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # some built-in callables have none
         return
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    taken = positional[: added + len(node.get("_args_", ()))]
+    part = re.sub(r"^stages\.[^.]+\.", "", path)
+    supplied, per_step, given = (0, 0, ()) if is_nested else ADDED.get(part, (0, 0, ()))
+    added = supplied + len(node.get("_args_", ())) + (0 if inspect.isclass(called) else per_step)
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:added]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in taken}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     hints = _type_hints(called)
     for name, value in arguments.items():
-        if name not in named and not takes_any:
-            yield (name,), f": {target} takes no such argument{did_you_mean(name, named)}"
-        elif value not in ("???", named[name].default if name in named else None):
+        here = f"{path}.{name}"
+        if value == "???":
+            yield here, " is not set"
+        elif name not in named and not takes_any:
+            yield here, f": {target} takes no such argument{did_you_mean(name, named)}"
+        elif name not in named or value != named[name].default:
             for place, errors in _misfits(value, hints.get(name, Any)).items():
-                yield (name, *place), f" = {errors[0]['input']!r}: {target} takes {wanted(errors)}"
-    for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in arguments and given is not None and name not in given:
-            yield (name,), f" is missing: {target} needs it; add +{{path}}=..."
+                inner = ".".join(map(str, (here, *place)))
+                yield inner, f" = {errors[0]['input']!r}: {target} takes {wanted(errors)}"
+    if not (is_nested and node.get("_partial_")):
+        for name in (n for n, p in named.items() if p.default is p.empty and n not in (*arguments, *given)):
+            yield f"{path}.{name}", f" is missing: {target} needs it; add +{{path}}=..."
 
 
 def _type_hints(called: Any) -> dict[str, Any]:
@@ -137,7 +124,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def _misfits(value: Any, hint: Any) -> dict[Place, list[ErrorDetails]]:
+def _misfits(value: Any, hint: Any) -> dict[tuple[Any, ...], list[ErrorDetails]]:
     """Return where a value is not what a type hint says, as JSON: a config can express no more."""
     try:
         _adapter(hint).validate_json(json.dumps(value), strict=True)
@@ -160,18 +147,16 @@ def _is_open(errors: Sequence[ErrorDetails]) -> bool:
     return is_object or _is_target(value) or "${" in str(value)
 
 
-def by_place(error: ValidationError, data: Any) -> dict[Place, list[ErrorDetails]]:
+def by_place(error: ValidationError, data: Any) -> dict[tuple[Any, ...], list[ErrorDetails]]:
     """Group errors by where they lie in the data, the innermost counting; the members of a union are no places."""
-    places: dict[Place, list[ErrorDetails]] = {}
+    places: dict[tuple[Any, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        place, found = detail["loc"], data  # ours, and what is missing, need not be in the data
-        if detail["type"] not in ("missing", SAID):
-            place = ()
-            for key in detail["loc"]:
-                inner: Any = dict(enumerate(found)) if isinstance(found, list) else found
-                if isinstance(inner, Mapping) and key in inner:
-                    place, found = (*place, key), inner[key]
-        places.setdefault(place, []).append(detail)
+        place, found = [], data
+        for key in detail["loc"]:
+            inner: Any = dict(enumerate(found)) if isinstance(found, list) else found
+            if isinstance(inner, Mapping) and (key in inner or detail["type"] == "missing"):
+                place, found = [*place, key], inner.get(key)
+        places.setdefault(tuple(place), []).append(detail)
     return {place: found for place, found in places.items() if not any(p[:-1] == place for p in places if p)}
 
 

@@ -22,21 +22,17 @@ def save_meta_params(meta_params: AnyMetaParameters, folder: Path, last: Mapping
     Where the last ones are others than the best, which `meta_params` holds, `last` has their state dicts by module
     name; they go to `meta_params_last.safetensors`.
     """
-    states = {META_PARAMS: {name: module.state_dict() for name, module in as_named(meta_params).items()}}
-    if last is not None:
-        states[LAST_META_PARAMS] = dict(last)
-    for file, modules in states.items():
-        tensors = {_joined(prefix, name): t for prefix, state in modules.items() for name, t in state.items()}
-        save_file(_copies(tensors), folder / file)
+    best = {name: module.state_dict() for name, module in as_named(meta_params).items()}
+    for file, states in ((META_PARAMS, best), (LAST_META_PARAMS, last)):
+        if states is not None:
+            named = ((".".join(filter(None, (prefix, n))), t) for prefix, s in states.items() for n, t in s.items())
+            _save(dict(named), folder / file)
 
 
 def load_meta_params(meta_params: AnyMetaParameters, folder: str | Path, last: bool = False) -> None:
-    """Load what a run has learned into meta-parameters of the same shapes, in place.
+    """Load what the run in `folder` has learned into meta-parameters of the same shapes, in place.
 
-    Args:
-        meta_params: moved in place.
-        folder: the run's.
-        last: the last ones instead of the best on the selection stream, where they differ.
+    `last=True` takes the last ones instead of the best on the selection stream, where they differ.
 
     Raises:
         ConfigError: there are none, or they do not fit.
@@ -48,13 +44,11 @@ def load_meta_params(meta_params: AnyMetaParameters, folder: str | Path, last: b
         raise ConfigError(f"{path}: there is no such file; name the folder of a run that has written its results")
     found = load_file(path)
     for prefix, module in as_named(meta_params).items():
-        ours = {key: tensor for key, tensor in found.items() if f"{key}.".startswith(f"{prefix}.") or not prefix}
-        own = {key.removeprefix(prefix).removeprefix("."): tensor for key, tensor in ours.items()}
+        ours = [key for key in found if not prefix or f"{key}.".startswith(f"{prefix}.")]
         try:
-            module.load_state_dict(own)
+            module.load_state_dict({key.removeprefix(prefix).removeprefix("."): found[key] for key in ours})
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            which = prefix or type(module).__name__
+            which, reason = prefix or type(module).__name__, str(error).splitlines()[-1].strip()
             raise ConfigError(f"{path} does not fit the meta-parameters {which}: {reason}") from error
 
 
@@ -67,12 +61,8 @@ def save_models(chain: Chain, folder: Path) -> None:
             save_pretrained(folder / name)
         else:  # the names of tied parameters once
             tensors = dict(stage.model.named_parameters()) | dict(stage.model.named_buffers())
-            save_file(_copies(tensors), folder / name / "model.safetensors")
+            _save(tensors, folder / name / "model.safetensors")
 
 
-def _joined(prefix: str, name: str) -> str:
-    return ".".join(part for part in (prefix, name) if part)
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)

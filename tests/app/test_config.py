@@ -327,19 +327,15 @@ BAD = [
     (["meta_optimizer.lr=fast"], "meta_optimizer.lr = 'fast': torch.optim.Adam takes a number"),
     (["chain=[teacher,studnt]"], "stages has no such stage (did you mean 'student'?)"),
     (["chain=[]"], "at least one stage is needed"),
-    (["objective.stage=studnet"], "objective.stage = 'studnet': no such stage (did you mean 'student'?)"),
-    (["stages.student.loss.upstream=techer"], "(did you mean 'teacher'?)"),
-    (["stages.student.loss.upstream=student"], "no stage of that name comes before it"),
     (["objective=custom"], "objective._target_ is not set"),
     (["objective=custom", "objective._target_=nowhere.Mine"], "No module named 'nowhere'"),
     (["objective=custom", "objective._target_=metaopt.ValidationLos"], "(did you mean 'ValidationLoss'?)"),
     (["objective=custom", "objective._target_=metaopt.ValidationLoss"], "needs it; add +objective.stage=..."),
     (["objective._target_=metaopt.WeightedLoss"], "objective.stage: metaopt.WeightedLoss takes no such argument"),
-    (["objective=custom", "objective._target_=metaopt.MetaObjective"], "the class does not define __call__"),
     (["objective=custom", "objective._target_=metaopt.__version__"], "a str cannot be called"),
     (["objective=custom", "objective._target_=not a path"], "a dotted path such as my_module.MyClass is needed"),
     (["optimizer=custom"], "optimizer._target_ is not set"),
-    (["stages.student.model=null"], "stages.student.model = None: a mapping with a _target_ is needed"),
+    (["stages.student.model=null"], "stages.student.model = None: must be a mapping"),
     (["trainer.device=${trainer.devise}"], "trainer.device = ${trainer.devise}: Interpolation key"),
 ]
 
@@ -355,7 +351,7 @@ def test_bad_input_is_one_message(overrides: Sequence[str], message: str) -> Non
 
 
 def test_all_problems_at_once() -> None:
-    found = problems("stages.student.num_steps=0", "trainer.meta_steps=many", "+optimizer.x=1", "objective.stage=a")
+    found = problems("stages.student.num_steps=0", "trainer.meta_steps=many", "+optimizer.x=1", "final.compare=[a]")
     assert found.startswith("the config has 4 problems:")
     assert found.count("\n  - ") == 4
 

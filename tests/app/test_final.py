@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from trainers import trainer
 
 import metaopt
@@ -62,7 +63,7 @@ def test_the_number_of_classes_is_that_of_the_data_or_of_the_output_layer():
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved."""
     figures: list[Any] = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     return figures
 
 
@@ -70,7 +71,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_weights_are_seen_however_close_they_are(spread, monkeypatch, tmp_path):
     weights = 0.5 + spread * torch.linspace(-1, 1, 100)
     figures = drawn(monkeypatch)
-    report.plot_example_weights(weights, torch.arange(100) % 2 == 0, tmp_path / "weights.png")
+    data: Any = SimpleNamespace(is_clean=torch.arange(100) % 2 == 0, picture=None)
+    report.plot_weights("index", weights, data, tmp_path)
     (axes,) = figures[0].axes
     bars = [bar for bar in axes.patches if bar.get_height()]
     assert sum(bar.get_height() for bar in bars) == 100

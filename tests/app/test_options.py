@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
 import metaopt
-from metaopt.app.cli import train
 from metaopt.app.config import prepare
+from metaopt.app.run import train
 
 DIGITS = ("experiment=digits", "debug=tiny", "trainer.check_first_step=false", "output.plots=false")
 SMALL = ("data.num_train=256", "data.num_unlabelled=256", "data.num_validation=64", "data.num_selection=64")

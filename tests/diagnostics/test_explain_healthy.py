@@ -69,7 +69,7 @@ def test_shipped_configs(options):
     config.facts = bundle.facts
     chain, meta_params = build.build_chain(config, bundle), build.build_meta_params(config)
     batch = chain.move(next(iter(bundle.validation)))
-    found = metaopt.explain_hypergradient(chain, build.build_objective(config), batch, meta_params)
+    found = metaopt.explain_hypergradient(chain, build.build("objective", config.objective), batch, meta_params)
     assert found.paths
     assert found.whole, str(found)
 

@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 import metaopt
-from metaopt.app.cli import train
 from metaopt.app.config import prepare
+from metaopt.app.run import train
 from metaopt.examples.forum_pipeline import in_words, number_words
 
 TINY = ("experiment=forum_pipeline", "debug=tiny", "output.plots=false", "output.save_models=false")

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_module
 
 from metaopt.app import cli
 from metaopt.app.config import prepare
+from metaopt.app.run import train
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {"metaopt": cli.main, "metaopt-check": cli.check_main, "metaopt-fidelity": cli.fidelity_main}
@@ -27,7 +28,7 @@ QUICK = (*DIGITS, "trainer.check_first_step=false", "final.compare=[]", "output.
 def run(folder: Path, *overrides: str) -> float:
     """One run in this process."""
     with initialize_config_module("metaopt.conf", version_base="1.3"):
-        return cli.train(prepare(compose("config", overrides=list(overrides)), overrides), str(folder))
+        return train(prepare(compose("config", overrides=list(overrides)), overrides), str(folder))
 
 
 def command(cwd: Path, *arguments: str, program: str = "metaopt") -> subprocess.CompletedProcess[str]:
@@ -38,7 +39,6 @@ def command(cwd: Path, *arguments: str, program: str = "metaopt") -> subprocess.
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [program, *arguments])
         patch.setattr(sys, "path", [*sys.path])
-        patch.setattr(cli, "_verdicts", [])
         patch.setenv("COLUMNS", "100")
         patch.setenv("HYDRA_FULL_ERROR", "")  # so that it is put back
         patch.delenv("HYDRA_FULL_ERROR")
