@@ -26,7 +26,7 @@ from metaopt.core.contracts import MetaObjective
 from metaopt.core.meta_params import named_tensors
 from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.check import check_hypergradient
-from metaopt.losses.pipeline import as_trained
+from metaopt.losses.objectives import as_trained
 from metaopt.meta_params.tables import baseline, summary
 from metaopt.trainer import MetaResult, MetaTrainer
 
