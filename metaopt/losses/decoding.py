@@ -41,13 +41,7 @@ def evaluating(model: Any) -> Iterator[Callable[..., Any]]:
 
 @torch.no_grad()
 def greedy_decode(
-    model: Callable[..., Any],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    bos: int,
-    eos: int,
-    pad: int,
-    max_length: int,
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, bos: int, eos: int, pad: int, max_length: int
 ) -> Tensor:
     """Return the tokens that a sequence-to-sequence model finds most likely, one after the other [B, max_length].
 
@@ -100,8 +94,7 @@ def sequence_score(model: Any, batches: Iterable[Batch], **decoding: int) -> dic
 
 
 def sequence_measure(module: Any, batch: Batch, bos: int, eos: int, pad: int, max_length: int) -> dict[str, Tensor]:
-    """Return `exact_match`, whose greedy answers are right in every token, and `token_accuracy`, which tokens are right
-    when all tokens before are the right ones."""
+    """Return `exact_match`, whose greedy answer is right, and `token_accuracy`, which token is after the right ones."""
     labels, counts = batch["labels"], batch["labels"] != IGNORED
     inputs = batch["input_ids"], batch.get("attention_mask")
     answers = greedy_decode(module, *inputs, bos, eos, pad, max(max_length, labels.shape[1]))
@@ -110,14 +103,12 @@ def sequence_measure(module: Any, batch: Batch, bos: int, eos: int, pad: int, ma
     return {"exact_match": (answers == wanted).all(1), "token_accuracy": right[counts]}
 
 
-def accuracy_score(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return `accuracy` of a classifier on labelled batches, in eval mode: the fraction of right labels."""
-    return scored(accuracy_measure, model, batches)
-
-
 def accuracy_measure(module: Any, batch: Batch) -> dict[str, Tensor]:
     """Return `accuracy`, whose class is guessed right."""
     return {"accuracy": guesses(module, batch) == batch["labels"]}
+
+
+accuracy_score = functools.partial(scored, accuracy_measure)  # (a classifier, labelled batches) → its `accuracy`
 
 
 def shown(

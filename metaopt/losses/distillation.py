@@ -48,9 +48,8 @@ class FromUpstream(InnerLoss):
     def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
         """Return what the student reads of a batch, and the upstream model's output that it was made from, if any.
 
-        The batch (of any stream, or only the inputs in it) as it is, unless a subclass makes something else of it, in
-        the graph. Training, `PipelineLoss` and scoring all ask here, so that the student always reads what it was
-        trained on.
+        A subclass may make something else of the batch, in the graph. Training, `PipelineLoss` and scoring all ask
+        here, so that the student always reads what it was trained on.
         """
         return model_inputs(batch, model), None
 
@@ -61,8 +60,7 @@ class FromUpstream(InnerLoss):
         if is_encoder_decoder(teacher) and not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(inputs):
             raise ConfigError(
                 f"{type(self).__name__}: the teacher is an encoder-decoder, and the batch holds no decoder_input_ids "
-                f"and no labels (it has: {', '.join(batch)}); let it write them: metaopt.Decoded(batches, ...) or "
-                "Generated, handover=decoded or generated in a config"
+                "and no labels; let it write them: metaopt.Decoded(batches, ...), handover=decoded or generated"
             )
         return teacher(**inputs, **options)
 
@@ -73,10 +71,8 @@ class FromUpstream(InnerLoss):
         needs, has = num_classes(upstream.get(self.upstream or list(upstream)[-1])), num_classes(model)
         if needs is None or has is None or needs == has:
             return None
-        return (
-            f"{type(self).__name__}: the teacher tells {needs} classes (tokens) apart, and the student {has}: soft "
-            "labels need one vocabulary; build both with the same tokenizer"
-        )
+        found = f"the teacher tells {needs} classes (tokens) apart, and the student {has}"
+        return f"{type(self).__name__}: {found}: soft labels need one vocabulary; build both with the same tokenizer"
 
 
 class Distillation(FromUpstream):
@@ -106,7 +102,6 @@ class HiddenStates(Distillation):
     """
 
     def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
-        """Return the batch with the teacher's hidden states in place of the decoder's tokens."""
         taught = self.taught(upstream, batch, output_hidden_states=True)
         states = getattr(taught, "decoder_hidden_states", None)
         if states is None:
@@ -130,7 +125,6 @@ class ExpectedEmbeddings(Distillation):
         self.shift = shift
 
     def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
-        """Return the batch with expected embeddings in place of tokens, and the teacher's logits."""
         target = logits_of(self.taught(upstream, batch))
         tokens = (target / self.temperature).softmax(-1)
         return with_soft_tokens(model, model_inputs(batch, model), tokens, self.shift), target
@@ -146,10 +140,9 @@ class GumbelSamples(FromUpstream):
     `L = −mean Σ_v y_v log q_v`, and for sequences also its input, as in `ExpectedEmbeddings`.
 
     Args:
-        upstream: the teacher's stage; None for the stage just before.
         temperature: τ > 0, or a function of the stage's inner step, such as `Annealed(...)`.
         straight_through: False feeds and teaches y itself, whose gradient is exact.
-        shift: as in `ExpectedEmbeddings`.
+        upstream, shift: as in `ExpectedEmbeddings`.
     """
 
     def __init__(
@@ -177,7 +170,6 @@ class GumbelSamples(FromUpstream):
         return mean_over_positions(-(sample * log_q).sum(-1), counted(model, batch)).mean()
 
     def student_inputs(self, model: FunctionalModel, batch: Any, upstream: Upstream) -> tuple[dict[str, Tensor], Any]:
-        """Return the batch, with a sample in place of tokens where it is a sequence, and the sample."""
         inputs = model_inputs(batch, model)
         step = model.step if callable(self.temperature) else 0  # asked only if it matters: it differs from step to step
         sample = self.sample(logits_of(self.taught(upstream, batch)), step)
@@ -204,23 +196,19 @@ class Annealed:
         self.start, self.end, self.num_steps = start, end, num_steps
 
     def __call__(self, step: int) -> float:
-        """Return the temperature of inner step t."""
         return self.start * (self.end / self.start) ** min(step / self.num_steps, 1.0)
 
 
 def HardLabels(upstream: str | None = None) -> NoReturn:  # noqa: N802  # a loss by its name, as all the others
     """Refuse labels by the teacher's argmax, through which no gradient passes, and say what to write instead."""
-    raise ConfigError(
-        "HardLabels: argmax is piecewise constant, so the hypergradient would stop at the teacher's labels. Write "
-        "Distillation(...) or HiddenStates(...) instead; handover=decoded writes the labels and carries the gradient"
-    )
+    instead = "write Distillation(...) or HiddenStates(...); handover=decoded writes labels and carries the gradient"
+    raise ConfigError(f"HardLabels: argmax is piecewise constant, so the hypergradient would stop there; {instead}")
 
 
 def soft_label_loss(logits: Tensor, target: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
     """Return `τ² · mean KL(softmax(target/τ) ‖ softmax(logits/τ))` over examples and counted positions.
 
-    Both are logits [B, C] or [B, L, C]; of the labels only the −100 entries are read, which do not count (None counts
-    all).
+    Both are logits [B, C] or [B, L, C]; of the labels only the −100 entries are read, which do not count.
     """
     require_same_classes(logits, target)
     log_q, log_p = (F.log_softmax(z / temperature, dim=-1) for z in (logits, target))
@@ -259,13 +247,11 @@ def with_soft_tokens(
 
 def token_embeddings(module: nn.Module) -> Tensor | None:
     """Return what each token becomes in a model's decoder (or in the model, if it has none) [V, H], or None."""
-    part: Any = module
-    if is_encoder_decoder(module):
-        part = part.get_decoder()
+    whole: Any = module
+    part = whole.get_decoder() if is_encoder_decoder(module) else whole
     try:
         table = part.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    if not isinstance(table, nn.Embedding):
-        return None
-    return table.weight * getattr(table, "embed_scale", 1.0)  # BART and Gemma scale what they look up
+    # BART and Gemma scale what they look up
+    return table.weight * getattr(table, "embed_scale", 1.0) if isinstance(table, nn.Embedding) else None

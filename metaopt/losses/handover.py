@@ -103,7 +103,6 @@ class Decoded(Answered):
         self.max_length = max_length
 
     def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Decode greedily."""
         read = inputs["input_ids"], inputs["attention_mask"]
         answers = greedy_decode(module, *read, **self.tokens, max_length=self.max_length)
         first = torch.full_like(answers[:, :1], self.tokens["bos"])
@@ -128,7 +127,6 @@ class Generated(Answered):
         self.generation = dict(generation or {})
 
     def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Let `generate` write, and cut its sequences into inputs and labels."""
         teacher: Any = module
         if not hasattr(teacher, "generate"):
             raise StageError(f"Generated: {type(module).__name__} has no generate(); use Decoded(...) or a HandOver")

@@ -124,29 +124,24 @@ def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
 def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of each label, and which ones count; both of the labels' shape."""
     if labels.is_floating_point():
-        raise StageError(
-            f"labels are {labels.dtype}, and classes are numbered: give labels.long(); of class probabilities, a loss "
-            "of your own: -(batch['labels'] * logits.log_softmax(-1)).sum(-1).mean()"
-        )
+        hint = "give labels.long(), or for probabilities of classes a loss of your own"
+        raise StageError(f"labels are {labels.dtype}, and classes are numbered: {hint}")
     if labels.shape != logits.shape[:-1]:
         wanted = f"labels must have the shape {list(logits.shape[:-1])}"
         raise StageError(f"logits {list(logits.shape)} do not fit labels {list(labels.shape)}: {wanted}")
     try:
         losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction="none", ignore_index=IGNORED)
     except IndexError as error:  # on an accelerator it is an assertion, long after
-        seen = labels[labels != IGNORED]
-        raise StageError(
-            f"labels run from {int(seen.min())} to {int(seen.max())}, and the model has the classes 0 to "
-            f"{logits.shape[-1] - 1}; number the labels from 0 ({IGNORED}: not counted), or build it with more classes"
-        ) from error
+        known = f"0 to {logits.shape[-1] - 1}, or {IGNORED} where they do not count"
+        raise StageError(f"labels must be one of the model's classes, {known}: {error}") from error
     return losses.view(labels.shape), labels != IGNORED
 
 
 def aligned_labels(model: Any, labels: Any) -> Any:
     """Return the label that each of a model's logits is compared with, [B] or [B, L]; None where there are no labels.
 
-    A causal language model of Hugging Face, whatever wraps it, predicts label t + 1 at position t; every other model,
-    and a plain module (unless it has `loss_type = "ForCausalLM"`), label t.
+    At position t a causal language model of Hugging Face, whatever wraps it, or a module with the attribute
+    `loss_type = "ForCausalLM"` predicts label t + 1; every other model label t.
     """
     if labels is None or labels.dim() < 2 or not _forward_of(model)[1]:
         return labels

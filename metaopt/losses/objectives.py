@@ -38,8 +38,7 @@ class PipelineLoss(ValidationLoss):
     """Mean cross-entropy of one trained `stage` on validation data, its inputs made as they were in training.
 
     Where the stage's hand-over feeds it with something of an earlier stage's (`FromUpstream.student_inputs`), so does
-    this, in the graph of both models, with what the earlier stages make of the validation batch; elsewhere it is
-    `ValidationLoss`.
+    this, in the graph of both models; elsewhere it is `ValidationLoss`.
     """
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
@@ -133,9 +132,7 @@ class Entropy(_OfWeights):
 class Pipeline(nn.Module):
     """A trained student behind the trained models that feed it, called with a batch or with the inputs in it."""
 
-    def __init__(
-        self, student: FunctionalModel, hand_over: FromUpstream, upstream: Mapping[str, FunctionalModel]
-    ) -> None:
+    def __init__(self, student: FunctionalModel, hand_over: FromUpstream, upstream: Models) -> None:
         super().__init__()
         self.module = student.structure.module  # says on which device the tensors are
         self._student, self._hand_over, self._upstream = student, hand_over, upstream
@@ -169,11 +166,10 @@ def as_trained(trained: Mapping[str, FunctionalModel], stage: str) -> Functional
 def mean_meta_loss(
     objective: Callable[..., Tensor], trained: TrainedChain, batches: Iterable[Any], meta_params: AnyMetaParameters
 ) -> Tensor:
-    """Return the mean of a meta-objective over batches, `1/n Σ_i f(trained, batch_i, φ)`, to be differentiated once.
+    """Return the mean of a meta-objective over n ≥ 1 batches, `1/n Σ_i f(trained, batch_i, φ)`, for the memory of one.
 
     Each batch is differentiated as far as the trained weights and the meta-parameters at once, and its graph is freed;
-    the one backward of the result then carries the summed gradients through the chain: the gradient of the sum over
-    all n ≥ 1 batches, for the memory of one.
+    the one backward of the result then carries the summed gradients through the chain.
     """
     batches = list(batches)
     if not batches:

@@ -45,11 +45,8 @@ class WeightedLoss(InnerLoss):
     is a weight for each label (`labels` [B, L] in the batch's own places).
 
     The inner gradient takes weights that are computed from the losses as given, as in Meta-Weight-Net; the
-    hypergradient still knows that they move with the model.
-
-    Args:
-        weights: which of several meta-parameters gives the weights; several names multiply theirs; None when there is
-            only one.
+    hypergradient still knows that they move with the model. `weights` says which of several meta-parameters gives
+    them; several names multiply theirs.
     """
 
     def __init__(self, weights: str | Sequence[str] | None = None) -> None:

@@ -82,7 +82,7 @@ def _raw(key: str, numbers: Any, form: str) -> Tensor:
         raise ConfigError(f"LearnedHyperparameters: betas={numbers!r}: a pair is needed, or a list of pairs per group")
     raw = _FORMS[form][1](values)
     if not raw.isfinite().all():
-        wanted = "between 0 and 1" if form == "sigmoid" else "above 0"
+        wanted = {"sigmoid": "between 0 and 1", "identity": "finite"}.get(form, "above 0")
         hint = f"or write parametrisations={{{key!r}: 'identity'}}"
         raise ConfigError(f"LearnedHyperparameters: {key}={numbers!r} must be {wanted} for its map ({form}), {hint}")
     return raw.to(torch.get_default_dtype())
@@ -100,10 +100,8 @@ def _parts(key: str, value: Tensor) -> Any:
 class InitialWeights(MetaParameters):
     """The initial weights of a stage, learned: `Stage(model, ..., initial=metaopt.FromMeta())` starts from them.
 
-    Args:
-        model: of the stage, or one of the same architecture, or a factory of one; its present weights are where the
-            learning starts.
-        names: patterns of the parameters to learn; the others start from the stage's own weights.
+    The learning starts from the present weights of `model`, the stage's own or one of its architecture, or a factory of
+    one. `names` are patterns of the parameters to learn; the others start from the stage's own weights.
 
     Raises:
         ConfigError: a pattern that names no parameter that requires grad.
@@ -143,7 +141,6 @@ class FromMeta:
         return f"FromMeta({self.name!r})"
 
     def __call__(self, meta_params: AnyMetaParameters, _: Any = None) -> Mapping[str, Any]:
-        """Return the learned hyperparameters, or the learned weights, in the graph."""
         found = select(meta_params, self.name, "FromMeta")
         return {} if isinstance(found, Uniform) else found.values()
 
@@ -165,7 +162,6 @@ class WeightNetwork(MetaParameters):
     hands it each example's loss at every inner step.
 
     Args:
-        hidden_size: of the hidden layer.
         features: entry of a batch that is read beside the loss, floats [B, ...]; None for the loss alone.
         num_features: how many numbers that are per example; 0 without features.
         normalise: divide the weights by their mean over the batch, as in the paper.
@@ -200,7 +196,6 @@ class WeightNetwork(MetaParameters):
 
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
-        """Return the weight at a few losses, where it reads nothing else."""
         if self.features is not None:
             return {}
         losses = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0])
@@ -224,11 +219,9 @@ class TermWeights(MetaParameters):
         return dict(zip(self.names, self.log_weights.exp(), strict=True))
 
     def summary(self) -> dict[str, float]:
-        """Return the weights."""
         return {name: weight.item() for name, weight in self().items()}
 
     def baseline(self) -> nn.Module:
-        """Return the weights as they start."""
         return TermWeights(self.names, self.initial)
 
 
@@ -237,10 +230,8 @@ class GaussianNoise(MetaParameters):
 
     ε is drawn at each inner step from the replayed random state, so that the hypergradient of σ is exact.
 
-    Args:
-        initial: σ at the start, above 0.
-        size: 1, or the number of features for a strength each.
-        key: entry of a batch; `inputs_embeds` for a model of tokens, whose own embeddings of them get the noise.
+    σ starts at `initial` > 0; `size` is 1, or the number of features for a strength each. `key` is the entry of a
+    batch; `inputs_embeds` for a model of tokens, whose own embeddings of them get the noise.
     """
 
     def __init__(self, initial: float = 0.1, size: int = 1, key: str = "inputs") -> None:
@@ -260,5 +251,4 @@ class GaussianNoise(MetaParameters):
         return {**batch, self.key: values + strength * torch.randn_like(values)}
 
     def summary(self) -> dict[str, float]:
-        """Return the mean strength."""
         return {"noise strength": self.log_strength.exp().mean().item()}

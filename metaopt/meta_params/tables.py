@@ -34,8 +34,7 @@ class _TableOfWeights(MetaParameters):
     def __init__(self, size: int, parametrisation: str, sparse: bool = False) -> None:
         super().__init__()
         where = type(self).__name__
-        if size < 1:
-            raise ConfigError(f"{where}: {size} weights; at least 1 is needed")
+        check_counts(where, weights=size)
         if parametrisation not in PARAMETRISATIONS:
             hint = did_you_mean(parametrisation, PARAMETRISATIONS)
             raise ConfigError(f"{where}: no parametrisation {parametrisation!r}{hint}")
@@ -126,11 +125,9 @@ class FixedWeights(MetaParameters):
         self.register_buffer("table", weights.detach().clone().to(torch.get_default_dtype()))
 
     def weights(self) -> Tensor:
-        """Return all weights [n]."""
         return self.table
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight of each example of the batch [batch size]."""
         return look_up(self.table, batch, self.key, type(self).__name__)
 
 
@@ -138,7 +135,6 @@ class ExampleTensor(TensorWeights):
     """A user's own tensor as losses read it: entry i is the weight of example i."""
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight of each example of the batch [batch size]."""
         return look_up(self.weights(), batch, "index", "a tensor as meta-parameters")
 
 
@@ -165,7 +161,6 @@ class SoftTargets(MetaParameters):
         return (self.confidence * given + offsets).softmax(-1)
 
     def baseline(self) -> nn.Module:
-        """Return the smoothed given labels."""
         return SoftTargets(*self.offsets.shape, confidence=self.confidence)
 
 
@@ -210,23 +205,9 @@ def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, s
     if not in_bounds(index, len(table)):
         seen = f"batch[{key!r}] runs from {int(index.min())} to {int(index.max())}"
         raise ConfigError(f"{reader} has {len(table)} weights, and {seen}; number from 0, and give one to each")
-    return _SparseRows.apply(table, index) if sparse else table[index]
-
-
-class _SparseRows(torch.autograd.Function):
-    """`table[index]`, whose gradient is a sparse tensor that holds only the rows that were read."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = table.shape
+    if not sparse:
         return table[index]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        rows = gradients[0].reshape(index.numel(), *ctx.shape[1:])
-        return torch.sparse_coo_tensor(index.reshape(1, -1), rows, ctx.shape, check_invariants=False), None
+    return F.embedding(index, table, sparse=True) if table.dim() == 2 else table.gather(0, index, sparse_grad=True)
 
 
 def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:

@@ -14,6 +14,7 @@ from torch import nn
 from metaopt.base.errors import ConfigError, did_you_mean, first_line
 from metaopt.base.ranges import matching
 
+Options = Mapping[str, Any]
 Kind = Literal["seq2seq", "causal", "masked", "classification", "image_classification"]
 
 # Kind → the class that builds it, and what peft calls it
@@ -34,7 +35,7 @@ FOLDER_OR_NAME = "give a folder written by save_pretrained, or a name on the Hug
 def from_config(
     kind: Kind,
     model_type: str,
-    config: Mapping[str, Any] | None = None,
+    config: Options | None = None,
     *,
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
@@ -45,7 +46,7 @@ def from_config(
     num_labels: int | None = None,
     freeze: Sequence[str] = (),
     unfreeze: Sequence[str] = (),
-    lora: Mapping[str, Any] | None = None,
+    lora: Options | None = None,
 ) -> nn.Module:
     """Return a freshly initialised Hugging Face model.
 
@@ -82,10 +83,9 @@ def from_config(
     }
     given |= {name: value for name, value in of_some.items() if hasattr(known, name)}
     options = {**{name: value for name, value in given.items() if value is not None}, **(config or {})}
-    listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    with refusing(f"from_config: no {kind} model of type {model_type!r} with {listed}"):
+    with refusing(f"from_config: no {kind} model of type {model_type!r} with {options}"):
         model = auto.from_config(FAMILIES[model_type](**options))
-    return adapt(model, kind, freeze=freeze, unfreeze=unfreeze, lora=lora)
+    return adapt(model, kind, freeze, unfreeze, lora)
 
 
 def from_pretrained(
@@ -97,7 +97,7 @@ def from_pretrained(
     num_labels: int | None = None,
     freeze: Sequence[str] = (),
     unfreeze: Sequence[str] = (),
-    lora: Mapping[str, Any] | None = None,
+    lora: Options | None = None,
 ) -> nn.Module:
     """Return a pretrained Hugging Face model, in float32; what `kind` needs and the checkpoint lacks is new.
 
@@ -123,25 +123,19 @@ def from_pretrained(
     if kind == "seq2seq" and bos_token_id is not None and start not in (None, bos_token_id):
         raise ConfigError(
             f"from_pretrained: {name!r} begins its answers with token {start}, and the data begin theirs with token "
-            f"{bos_token_id}; give the data decoder_start_token_id={start} (data.decoder_start_token_id in a config)"
+            f"{bos_token_id}; set data.decoder_start_token_id={start}"
         )
-    return adapt(model, kind, freeze=freeze, unfreeze=unfreeze, lora=lora)
+    return adapt(model, kind, freeze, unfreeze, lora)
 
 
 def adapt(
-    model: nn.Module,
-    kind: Kind,
-    *,
-    freeze: Sequence[str] = (),
-    unfreeze: Sequence[str] = (),
-    lora: Mapping[str, Any] | None = None,
+    model: nn.Module, kind: Kind, freeze: Sequence[str] = (), unfreeze: Sequence[str] = (), lora: Options | None = None
 ) -> nn.Module:
     """Say, in place, which parameters of a model are trained: all but the frozen ones, or LoRA adapters alone.
 
     Args:
-        freeze: patterns of parameter names, such as `*embed*` or `encoder.*`.
-        unfreeze: patterns of those to train nevertheless, so that `freeze=["*"], unfreeze=["classifier.*"]` trains the
-            head alone.
+        freeze, unfreeze: patterns of parameter names, and exceptions: `freeze=["*"], unfreeze=["classifier.*"]` trains
+            the head alone.
         lora: options of `peft.LoraConfig`, such as `{"r": 8, "target_modules": ["q", "v"]}`; a new head of a classifier
             is trained beside the adapters.
 
@@ -150,10 +144,7 @@ def adapt(
     """
     if lora is not None:
         if freeze or unfreeze:
-            raise ConfigError(
-                "adapt: lora trains the adapters alone, so freeze and unfreeze have nothing to say; name what to train "
-                "beside them in lora.modules_to_save"
-            )
+            raise ConfigError("lora trains the adapters alone: name what else to train in lora.modules_to_save")
         return _with_lora(model, kind, lora)
     names = [name for name, _ in model.named_parameters()]
     frozen = matching("adapt: freeze", freeze, names) - matching("adapt: unfreeze", unfreeze, names)
@@ -161,13 +152,12 @@ def adapt(
         raise ConfigError("adapt: unfreeze makes exceptions from freeze, which is empty; add freeze=['*']")
     if frozen.issuperset(names):
         raise ConfigError(f"adapt: freeze={list(freeze)} leaves no parameter to train; name less, or use unfreeze")
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
-def _with_lora(model: nn.Module, kind: Kind, options: Mapping[str, Any]) -> nn.Module:
+def _with_lora(model: nn.Module, kind: Kind, options: Options) -> nn.Module:
     """Return the model with low-rank adapters (Hu et al., 2021, arXiv:2106.09685); all else is frozen.
 
     A weight W becomes `W + (lora_alpha / r) B A`; a stage trains and carries A and B alone.
@@ -194,7 +184,7 @@ def _auto_class(where: str, kind: str) -> Any:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a library makes of sizes, names and options into a ConfigError; each family has its own ways."""
+    """Turn whatever a library makes of sizes, names and options into a ConfigError."""
     try:
         yield
     except Exception as error:

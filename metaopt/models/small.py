@@ -63,7 +63,7 @@ def encoder_decoder(
         )
         # No cache in a training step; generate() asks for one by itself.
         decoder = {**half.to_dict(), "is_decoder": True, "add_cross_attention": True, "use_cache": False}
-        config = EncoderDecoderConfig(encoder=half.to_dict(), decoder=decoder)
+        config: Any = EncoderDecoderConfig(encoder=half.to_dict(), decoder=decoder)
         halves = BertModel(config.encoder, add_pooling_layer=False), BertLMHeadModel(config.decoder)
         return _with_tokens(where, EncoderDecoderModel(config, *halves), tokens)
 
@@ -71,10 +71,7 @@ def encoder_decoder(
 def pretrained_encoder_decoder(
     encoder: str, pad_token_id: int, bos_token_id: int, eos_token_id: int, decoder: str | None = None
 ) -> EncoderDecoderModel:
-    """Return an encoder-decoder whose two halves are loaded; the cross-attention between them is new.
-
-    Each is a folder written by `save_pretrained`, or a name on the Hugging Face hub; the decoder may be the encoder's.
-    """
+    """Return an encoder-decoder whose two halves are loaded from folders or the hub, with new cross-attention."""
     decoder = encoder if decoder is None else decoder
     with refusing(f"pretrained_encoder_decoder: cannot load {encoder=}, {decoder=}: {FOLDER_OR_NAME}"):
         model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder, decoder)
