@@ -65,7 +65,7 @@ def encoder_decoder(
         decoder = {**half.to_dict(), "is_decoder": True, "add_cross_attention": True, "use_cache": False}
         config: Any = EncoderDecoderConfig(encoder=half.to_dict(), decoder=decoder)
         halves = BertModel(config.encoder, add_pooling_layer=False), BertLMHeadModel(config.decoder)
-        return _with_tokens(where, EncoderDecoderModel(config, *halves), tokens)
+    return _with_tokens(where, EncoderDecoderModel(config, *halves), tokens)
 
 
 def pretrained_encoder_decoder(
