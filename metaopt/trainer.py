@@ -23,8 +23,7 @@ from metaopt.core.graphs import accumulate, entries, hypergradient
 from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
 from metaopt.diagnostics.non_finite import located
 from metaopt.diagnostics.paths.explain import explained
-from metaopt.losses.mean import mean_meta_loss
-from metaopt.losses.pipeline import as_trained
+from metaopt.losses.objectives import as_trained, mean_meta_loss
 from metaopt.progress import progress_bar
 
 _LOOK = 1  # what a seed is derived for, beside the meta-losses

@@ -22,7 +22,7 @@ from metaopt.base.errors import first_line, with_note
 from metaopt.base.streams import seeded
 from metaopt.core.chain import TrainedChain
 from metaopt.diagnostics.check import check_hypergradient
-from metaopt.losses.pipeline import as_trained
+from metaopt.losses.objectives import as_trained
 from metaopt.meta_params.tables import baseline, summary
 from metaopt.trainer import MetaResult
 

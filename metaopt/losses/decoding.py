@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts
 from metaopt.core.view import FunctionalModel
-from metaopt.losses.logits import IGNORED, Batch, logits_of, model_inputs
+from metaopt.losses.logits import IGNORED, Batch, is_encoder_decoder, logits_of, model_inputs
 
 Shown = tuple[str, str, str]  # an input, its right answer, the model's answer
+Read = Callable[[Tensor], list[str]]  # rows of tokens as texts
 
 
 @contextmanager
@@ -26,41 +28,30 @@ def evaluating(model: Any) -> Iterator[Callable[..., Any]]:
         with torch.no_grad(), model.eval().as_module() as module:
             yield module
         return
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
     try:
-        for module, _ in modes:
+        for module in modes:
             module.training = False
         with torch.no_grad():
             yield model
     finally:
-        for module, mode in modes:
+        for module, mode in modes.items():
             module.training = mode
 
 
 @torch.no_grad()
 def greedy_decode(
-    model: Callable[..., Any],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    bos: int,
-    eos: int,
-    pad: int,
-    max_length: int,
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, bos: int, eos: int, pad: int, max_length: int
 ) -> Tensor:
     """Return the tokens that a sequence-to-sequence model finds most likely, one after the other [B, max_length].
 
-    A Hugging Face encoder-decoder encodes its inputs once; anything else that is called
-    `model(input_ids=, attention_mask=, decoder_input_ids=)` is called whole for every token.
-
-    Args:
-        model: in the mode in which it shall answer.
-        input_ids, attention_mask: [B, L].
-        bos, eos, pad: the tokens that begin an answer (it is not returned), end it, and fill what follows the end.
-        max_length: tokens of an answer, the end token included.
+    A Hugging Face encoder-decoder encodes its inputs [B, L] once; anything else that is called
+    `model(input_ids=, attention_mask=, decoder_input_ids=)` is called whole for every token. `bos` begins an answer (it
+    is not returned), `eos` ends it and is one of its `max_length` tokens, `pad` fills what follows.
     """
     check_counts("greedy_decode", max_length=max_length)
     call = functools.partial(model, attention_mask=attention_mask)
-    if isinstance(model, nn.Module) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if isinstance(model, nn.Module) and is_encoder_decoder(model):
         encoder: Any = model.get_encoder()  # pyright: ignore[reportCallIssue]
         encoded = encoder(input_ids=input_ids, attention_mask=attention_mask)
         # The answers are short: filling a cache costs more than it saves.
@@ -86,29 +77,24 @@ def scored(
 
     `measure(model, batch)` returns name → bool [n], one for each example, or for each token that counts.
     """
-    right: dict[str, int] = {}
-    counts: dict[str, int] = {}
+    right, counts = Counter[str](), Counter[str]()
     with evaluating(model) as module:
         for batch in batches:
             for name, found in measure(module, _on_device_of(module, batch)).items():
-                right[name] = right.get(name, 0) + int(found.sum())
-                counts[name] = counts.get(name, 0) + found.numel()
+                right[name] += int(found.sum())
+                counts[name] += found.numel()
     if not counts:
         raise ConfigError("score: there is not a single batch to score; give the stream itself, not a spent iterator")
     return {name: right[name] / max(counts[name], 1) for name in counts}
 
 
-def sequence_score(
-    model: Any, batches: Iterable[Batch], *, bos: int, eos: int, pad: int, max_length: int
-) -> dict[str, float]:
+def sequence_score(model: Any, batches: Iterable[Batch], **decoding: int) -> dict[str, float]:
     """Score a sequence-to-sequence model on labelled batches, in eval mode, by what `sequence_measure` measures."""
-    measure = functools.partial(sequence_measure, bos=bos, eos=eos, pad=pad, max_length=max_length)
-    return scored(measure, model, batches)
+    return scored(functools.partial(sequence_measure, **decoding), model, batches)
 
 
 def sequence_measure(module: Any, batch: Batch, bos: int, eos: int, pad: int, max_length: int) -> dict[str, Tensor]:
-    """Return `exact_match`, whose greedy answers are right in every token, and `token_accuracy`, which tokens are right
-    when all tokens before are the right ones."""
+    """Return `exact_match`, whose greedy answer is right, and `token_accuracy`, which token is after the right ones."""
     labels, counts = batch["labels"], batch["labels"] != IGNORED
     inputs = batch["input_ids"], batch.get("attention_mask")
     answers = greedy_decode(module, *inputs, bos, eos, pad, max(max_length, labels.shape[1]))
@@ -117,14 +103,12 @@ def sequence_measure(module: Any, batch: Batch, bos: int, eos: int, pad: int, ma
     return {"exact_match": (answers == wanted).all(1), "token_accuracy": right[counts]}
 
 
-def accuracy_score(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return `accuracy` of a classifier on labelled batches, in eval mode: the fraction of right labels."""
-    return scored(accuracy_measure, model, batches)
-
-
 def accuracy_measure(module: Any, batch: Batch) -> dict[str, Tensor]:
     """Return `accuracy`, whose class is guessed right."""
     return {"accuracy": guesses(module, batch) == batch["labels"]}
+
+
+accuracy_score = functools.partial(scored, accuracy_measure)  # (a classifier, labelled batches) → its `accuracy`
 
 
 def shown(
@@ -142,11 +126,7 @@ def shown(
 
 
 def sequence_answers(
-    read_inputs: Callable[[Tensor], list[str]],
-    read_answers: Callable[[Tensor], list[str]],
-    decoding: Mapping[str, int],
-    module: Any,
-    batch: Batch,
+    read_inputs: Read, read_answers: Read, decoding: Mapping[str, int], module: Any, batch: Batch
 ) -> Iterable[Shown]:
     """Return what `shown` reads of a batch for encoder-decoders, which answer greedily."""
     answers = greedy_decode(module, batch["input_ids"], batch["attention_mask"], **decoding)

@@ -17,7 +17,7 @@ from metaopt.core.contracts import HandOver, Upstream
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.decoding import greedy_decode
 from metaopt.losses.distillation import find_upstream
-from metaopt.losses.logits import IGNORED, model_inputs
+from metaopt.losses.logits import IGNORED, is_encoder_decoder, model_inputs
 
 _TOGETHER = 16  # batches that are decoded in one go
 
@@ -26,11 +26,8 @@ class Answered(HandOver):
     """Base of the hand-overs in which the trained teacher answers each input, and its answer is the student's sequence.
 
     Writing is discrete and carries no gradient; `Distillation` (or another loss that reads `upstream`) then takes what
-    the teacher says along the written sequence, in the graph.
-
-    Args:
-        batches: of the teacher's inputs.
-        upstream: the teacher's stage; None for the stage just before.
+    the teacher says along the written sequence, in the graph. `upstream` is the teacher's stage, None for the one just
+    before.
     """
 
     def __init__(self, batches: Iterable[Any], upstream: str | None = None) -> None:
@@ -53,21 +50,22 @@ class Answered(HandOver):
             return {key: value.shape[1:] for key, value in _inputs(batch, teacher).items()}
 
         written = []
-        for _, alike in itertools.groupby(batches, key=shapes):
-            rest = list(alike)
-            while rest:
-                few, rest = rest[:_TOGETHER], rest[_TOGETHER:]
-                answers = self._answers(teacher, [_inputs(batch, teacher) for batch in few])
-                written += [{**batch, **answer} for batch, answer in zip(few, answers, strict=True)]
+        for _, run in itertools.groupby(batches, key=shapes):
+            alike = list(run)
+            for start in range(0, len(alike), _TOGETHER):
+                written += self._answered(teacher, alike[start : start + _TOGETHER])
         return written
 
-    def _answers(self, teacher: FunctionalModel, few: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        sizes = [len(next(iter(inputs.values()))) for inputs in few]
+    def _answered(self, teacher: FunctionalModel, few: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return a few batches of one shape with the teacher's answers to them."""
+        inputs = [_inputs(batch, teacher) for batch in few]
         with teacher.as_module() as module:
             device = next(module.parameters()).device
-            joined = {key: torch.cat([inputs[key] for inputs in few]).to(device) for key in few[0]}
-            found = {key: value.split(sizes) for key, value in self.answer(module, joined).items()}
-        return [{key: parts[i] for key, parts in found.items()} for i in range(len(few))]
+            joined = {key: torch.cat([one[key] for one in inputs]).to(device) for key in inputs[0]}
+            answers = self.answer(module, joined)
+        sizes = [len(next(iter(one.values()))) for one in inputs]
+        parts = {key: value.split(sizes) for key, value in answers.items()}
+        return [{**batch, **{key: part[i] for key, part in parts.items()}} for i, batch in enumerate(few)]
 
 
 def _inputs(batch: Mapping[str, Tensor], teacher: FunctionalModel) -> dict[str, Tensor]:
@@ -84,14 +82,9 @@ def until_end(answers: Tensor, ends: Sequence[int]) -> Tensor:
 class Decoded(Answered):
     """The trained teacher answers each input by greedy decoding; its answer is the student's sequence.
 
-    Each batch gains `decoder_input_ids` and `labels` [B, max_length]; what follows the end token is not counted. It
-    needs no `generate`: anything that is called `model(input_ids=, attention_mask=, decoder_input_ids=)` will do.
-
-    Args:
-        batches: of inputs for an encoder-decoder: `input_ids`, `attention_mask`.
-        bos_token_id, eos_token_id, pad_token_id: the tokens that begin, end and fill an answer.
-        max_length: tokens of an answer, the end token included.
-        upstream: the teacher's stage; None for the stage just before.
+    Each batch, of `input_ids` and `attention_mask`, gains `decoder_input_ids` and `labels` [B, max_length], the end
+    token included; what follows it is not counted. It needs no `generate`: anything that is called
+    `model(input_ids=, attention_mask=, decoder_input_ids=)` will do.
     """
 
     def __init__(
@@ -110,7 +103,6 @@ class Decoded(Answered):
         self.max_length = max_length
 
     def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Decode greedily."""
         read = inputs["input_ids"], inputs["attention_mask"]
         answers = greedy_decode(module, *read, **self.tokens, max_length=self.max_length)
         first = torch.full_like(answers[:, :1], self.tokens["bos"])
@@ -123,13 +115,9 @@ class Generated(Answered):
 
     An encoder-decoder's batch gains `decoder_input_ids` and `labels` [B, L]. A causal model's prompts `input_ids`
     [B, P] become prompt and continuation, `labels` the same tokens, which a causal model's loss shifts; prompts and
-    what follows the end token are not counted. Samples are drawn from the stage's replayed random state.
-
-    Args:
-        batches: of the teacher's inputs; a causal model's prompts are padded on the left.
-        generation: arguments of `generate`, on top of the model's own generation config: `max_new_tokens`, `num_beams`,
-            `do_sample`, ...
-        upstream: the teacher's stage; None for the stage just before.
+    what follows the end token are not counted, and they are padded on the left. Samples are drawn from the stage's
+    replayed random state. `generation` has arguments of `generate`, such as `max_new_tokens`, `num_beams` and
+    `do_sample`, on top of the model's own generation config.
     """
 
     def __init__(
@@ -139,14 +127,10 @@ class Generated(Answered):
         self.generation = dict(generation or {})
 
     def answer(self, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Let `generate` write, and cut its sequences into inputs and labels."""
         teacher: Any = module
-        if not hasattr(teacher, "generate") or not hasattr(teacher, "config"):
-            raise StageError(
-                f"Generated: the teacher, a {type(module).__name__}, has no generate(); use Decoded(...) or a HandOver "
-                "of your own"
-            )
-        causal = not teacher.config.is_encoder_decoder
+        if not hasattr(teacher, "generate"):
+            raise StageError(f"Generated: {type(module).__name__} has no generate(); use Decoded(...) or a HandOver")
+        causal = not is_encoder_decoder(teacher)
         mask = inputs.get("attention_mask")
         if causal and mask is not None and not bool(mask[:, -1].all()):
             raise StageError("Generated: a causal model's prompts must be padded on the left: padding_side='left'")
@@ -156,10 +140,8 @@ class Generated(Answered):
         if not causal:
             return {"decoder_input_ids": written[:, :-1], "labels": until_end(written[:, 1:], ends)}
         prompt = inputs["input_ids"].shape[1]
-        found = {
-            "input_ids": written,
-            "labels": F.pad(until_end(written[:, prompt:], ends), (prompt, 0), value=IGNORED),
-        }
+        labels = F.pad(until_end(written[:, prompt:], ends), (prompt, 0), value=IGNORED)
+        found = {"input_ids": written, "labels": labels}
         if mask is not None:
             found["attention_mask"] = F.pad(mask, (0, written.shape[1] - prompt), value=1)
             found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -25,7 +25,7 @@ _forwards: WeakKeyDictionary[nn.Module, tuple[frozenset[str] | None, bool]] = We
 
 
 def _forward_of(model: Any) -> tuple[frozenset[str] | None, bool]:
-    module = _module_of(model)
+    module = model.structure.module if isinstance(model, FunctionalModel) else model
     if not isinstance(module, nn.Module):
         return None, False
     if module not in _forwards:
@@ -33,12 +33,9 @@ def _forward_of(model: Any) -> tuple[frozenset[str] | None, bool]:
     return _forwards[module]
 
 
-def _module_of(model: Any) -> Any:
-    return model.structure.module if isinstance(model, FunctionalModel) else model
-
-
-def _hugging_face(module: Any) -> Any:
-    """Return the outermost Hugging Face model in a module, whatever wraps it, or None."""
+def _hugging_face(model: Any) -> Any:
+    """Return the outermost Hugging Face model in a model, whatever wraps it, or None."""
+    module = model.structure.module if isinstance(model, FunctionalModel) else model
     parts = module.modules() if isinstance(module, nn.Module) else ()
     return next((part for part in parts if hasattr(type(part), "main_input_name")), None)
 
@@ -57,7 +54,7 @@ def _shifts(module: nn.Module) -> bool:
     part = _hugging_face(module)
     if part is None:
         return any(inspect.getattr_static(m, "loss_type", None) == "ForCausalLM" for m in module.modules())
-    if getattr(part.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(part):
         return False
     codes = [inspect.unwrap(vars(kind)["forward"]).__code__ for kind in type(part).__mro__ if "forward" in vars(kind)]
     names = {name for code in codes for name in (*code.co_names, *code.co_varnames)}
@@ -76,54 +73,50 @@ def model_inputs(batch: Batch, model: Any = None) -> dict[str, Tensor]:
     """
     if not isinstance(batch, Mapping):
         raise ConfigError(
-            f"a batch is a {type(batch).__name__}; metaopt's own losses need a mapping of names to tensors, such as "
-            "{'input_ids': ..., 'labels': ..., 'index': ...}; for other batches write an InnerLoss of your own"
+            f"a batch is a {type(batch).__name__}; metaopt's own losses need a mapping of names to tensors "
+            "({'input_ids': ..., 'labels': ...}); for other batches write an InnerLoss of your own"
         )
     inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
     if model is None:
         return inputs
     takes, labels = _forward_of(model)[0], batch.get("labels")
     if labels is not None and labels.dim() > 1 and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
-        inputs |= _decoder_inputs(_hugging_face(_module_of(model)), labels)
+        inputs |= _decoder_inputs(_hugging_face(model), labels)
     taken = {name: value for name, value in inputs.items() if takes is None or name in takes}
     return taken or inputs  # where it takes none of them, Python's own error shall name them
 
 
 def _decoder_inputs(module: Any, labels: Tensor) -> dict[str, Tensor]:
     """Return what an encoder-decoder's decoder reads, made of the labels as the model itself does."""
-    if module is None or not getattr(module.config, "is_encoder_decoder", False):
+    if not is_encoder_decoder(module):
         return {}
     shift = getattr(module, "prepare_decoder_input_ids_from_labels", None)
     if shift is None:
         return {"labels": labels}  # it has no method for that: its forward does it
-    try:
-        ids = shift(labels)
-    except ValueError as error:
-        raise ConfigError(
-            f"{type(module).__name__} makes no decoder_input_ids of the labels: {error} Set model.config's "
-            "decoder_start_token_id and pad_token_id, or put decoder_input_ids into the batch"
-        ) from error
+    ids = shift(labels)
     if module.config.model_type != "encoder-decoder":
         return {"decoder_input_ids": ids}
     return {"decoder_input_ids": ids, "decoder_attention_mask": (ids != module.config.pad_token_id).to(ids.dtype)}
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Return whether a Hugging Face model's own config says so."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def logits_of(output: Any) -> Tensor:
     """Return a model's logits: the output itself, or its `.logits`."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise StageError(
-            f"the model returned a {type(output).__name__} without .logits; return a tensor of logits or an object "
-            "with .logits, or write an InnerLoss that reads what it returns"
-        )
+        got = f"a {type(output).__name__} without .logits"
+        raise StageError(f"the model returned {got}; return a tensor of logits, or write an InnerLoss of your own")
     return logits
 
 
 def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
     """Return each example's cross-entropy in nats [B], mean over its positions.
 
-    Labels [B] or [B, L] are those of the places of the logits [B, C] or [B, L, C] (`aligned_labels`); −100 marks
-    positions that do not count.
+    Labels [B] or [B, L] are those of the logits' places (`aligned_labels`); −100 marks positions that do not count.
     """
     return mean_over_positions(*cross_entropies(logits, labels))
 
@@ -131,32 +124,24 @@ def cross_entropy_per_example(logits: Tensor, labels: Tensor) -> Tensor:
 def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of each label, and which ones count; both of the labels' shape."""
     if labels.is_floating_point():
-        raise StageError(
-            f"labels are {str(labels.dtype).removeprefix('torch.')}, and classes are numbered: give labels.long(); of "
-            "class probabilities, a loss of your own: -(batch['labels'] * logits.log_softmax(-1)).sum(-1).mean()"
-        )
+        hint = "give labels.long(), or for probabilities of classes a loss of your own"
+        raise StageError(f"labels are {labels.dtype}, and classes are numbered: {hint}")
     if labels.shape != logits.shape[:-1]:
-        raise StageError(
-            f"logits of shape {list(logits.shape)} do not fit labels of shape {list(labels.shape)}: labels must have "
-            f"the shape {list(logits.shape[:-1])}"
-        )
+        wanted = f"labels must have the shape {list(logits.shape[:-1])}"
+        raise StageError(f"logits {list(logits.shape)} do not fit labels {list(labels.shape)}: {wanted}")
     try:
         losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction="none", ignore_index=IGNORED)
     except IndexError as error:  # on an accelerator it is an assertion, long after
-        seen = labels[labels != IGNORED]
-        raise StageError(
-            f"labels run from {int(seen.min())} to {int(seen.max())}, and the model's logits tell {logits.shape[-1]} "
-            f"classes apart, 0 to {logits.shape[-1] - 1} ({IGNORED} marks positions that do not count); number the "
-            "labels from 0, or build the model with more classes"
-        ) from error
+        known = f"0 to {logits.shape[-1] - 1}, or {IGNORED} where they do not count"
+        raise StageError(f"labels must be one of the model's classes, {known}: {error}") from error
     return losses.view(labels.shape), labels != IGNORED
 
 
 def aligned_labels(model: Any, labels: Any) -> Any:
     """Return the label that each of a model's logits is compared with, [B] or [B, L]; None where there are no labels.
 
-    A causal language model of Hugging Face, whatever wraps it, predicts label t + 1 at position t; every other model,
-    and a plain module (unless it has `loss_type = "ForCausalLM"`), label t.
+    At position t a causal language model of Hugging Face, whatever wraps it, or a module with the attribute
+    `loss_type = "ForCausalLM"` predicts label t + 1; every other model label t.
     """
     if labels is None or labels.dim() < 2 or not _forward_of(model)[1]:
         return labels
@@ -169,15 +154,20 @@ def counted(model: Any, batch: Batch) -> Tensor | None:
     return None if labels is None else labels != IGNORED
 
 
+def logits_and_labels(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return a model's logits for a labelled batch, and the label that each is compared with."""
+    inputs = model_inputs(batch, model)
+    if "labels" not in batch:
+        raise ConfigError(f"the loss reads batch['labels'], which this batch lacks (it has: {', '.join(batch)})")
+    return logits_of(model(**inputs)), aligned_labels(model, batch["labels"])
+
+
 def label_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of each label of a batch, and which ones count; both [B] or [B, L], as the labels.
 
     Also where a causal model predicts label t at position t − 1, its loss stands at t: so does the weight of a label.
     """
-    logits = logits_of(model(**model_inputs(batch, model)))
-    if "labels" not in batch:
-        raise ConfigError(f"the loss reads batch['labels'], which this batch lacks (it has: {', '.join(batch)})")
-    labels = aligned_labels(model, batch["labels"])
+    logits, labels = logits_and_labels(model, batch)
     losses, counts = cross_entropies(logits, labels)
     return (losses, counts) if labels is batch["labels"] else (losses.roll(1, -1), counts.roll(1, -1))
 
@@ -209,24 +199,22 @@ def weighted_mean(losses: Tensor, counts: Tensor, modules: Sequence[Any], batch:
     """Return the mean of losses [B] or [B, L] over examples and counted positions, each weighted by all modules."""
     plain = mean_over_positions(losses, counts)
     per_example: Tensor | None = None
+    given = False
     for module in modules:
-        read = (plain,) if getattr(module, "reads_losses", False) else ()
-        weights = module(batch, *read).to(losses.dtype)
+        reads_losses = getattr(module, "reads_losses", False)
+        weights = (module(batch, plain) if reads_losses else module(batch)).to(losses.dtype)
         if weights.shape == losses.shape and losses.dim() > 1:
             losses = weights * losses
         elif weights.shape == plain.shape:
             per_example = weights if per_example is None else per_example * weights
         else:
-            raise StageError(
-                f"{type(module).__name__} gives weights of shape {list(weights.shape)} for losses of shape "
-                f"{list(losses.shape)}; give one per example{' or per position' if losses.dim() > 1 else ''}"
-            )
+            shapes = f"weights of shape {list(weights.shape)} for losses of shape {list(losses.shape)}"
+            raise StageError(f"{type(module).__name__} gives {shapes}; give one per example, or one per position")
+        given = given or reads_losses
     found = mean_over_positions(losses, counts)
     if per_example is None:
         return found.mean()
-    if any(getattr(module, "reads_losses", False) for module in modules):
-        return _GivenWeights.apply(per_example, found).mean()
-    return (per_example * found).mean()
+    return (_GivenWeights.apply(per_example, found) if given else per_example * found).mean()
 
 
 class _GivenWeights(torch.autograd.Function):

@@ -1,19 +1,25 @@
-"""Meta-objectives: what the meta-parameters minimise."""
+"""Meta-objectives: what the meta-parameters minimise, over one validation batch or several."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, did_you_mean
-from metaopt.core.contracts import MetaObjective, Trained
-from metaopt.core.meta_params import AnyMetaParameters
-from metaopt.losses.logits import IGNORED, aligned_labels, label_losses, logits_of, mean_over_positions, model_inputs
-from metaopt.losses.pipeline import as_trained
+from metaopt.core.chain import TrainedChain
+from metaopt.core.contracts import MetaObjective, Trained, evaluate, require_arguments, require_scalar
+from metaopt.core.graphs import refuse_second_derivative
+from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.core.view import FunctionalModel, Models
+from metaopt.losses.distillation import FromUpstream
+from metaopt.losses.logits import IGNORED, label_losses, logits_and_labels, mean_over_positions
 from metaopt.meta_params.tables import select
 
 
@@ -25,54 +31,34 @@ class ValidationLoss(MetaObjective):
         self.reads = (stage,)
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        return mean_over_positions(*label_losses(trained[self._stage(trained, batch)], batch)).mean()
-
-    def _stage(self, trained: Trained, batch: Any) -> str:
-        """Return the stage's name, after checking that it is there and the batch labelled."""
-        if self.stage not in trained:
-            raise ConfigError(f"{type(self).__name__}: no stage {self.stage!r}{did_you_mean(self.stage, trained)}")
-        if "labels" not in batch:
-            raise ConfigError(
-                f"{type(self).__name__} reads batch['labels'], which the validation batch lacks (it has: "
-                f"{', '.join(batch)}); give it labels, or write a MetaObjective of your own"
-            )
-        return self.stage
+        return mean_over_positions(*label_losses(trained[self.stage], batch)).mean()
 
 
 class PipelineLoss(ValidationLoss):
     """Mean cross-entropy of one trained `stage` on validation data, its inputs made as they were in training.
 
     Where the stage's hand-over feeds it with something of an earlier stage's (`FromUpstream.student_inputs`), so does
-    this, in the graph of both models, with what the earlier stages make of the validation batch; elsewhere it is
-    `ValidationLoss`.
+    this, in the graph of both models; elsewhere it is `ValidationLoss`.
     """
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        model = as_trained(trained, self._stage(trained, batch))
-        return mean_over_positions(*label_losses(model, batch)).mean()
+        return mean_over_positions(*label_losses(as_trained(trained, self.stage), batch)).mean()
 
 
 class SurrogateLoss(ValidationLoss):
     """A differentiable stand-in for a metric, computed from one trained stage's logits on validation data.
 
-    Args:
-        stage: its name.
-        surrogate: (logits [B, C] or [B, L, C], labels [B] or [B, L]) → scalar to be minimised; a causal model's labels
-            are shifted to its logits.
+    `surrogate(logits [B, C] or [B, L, C], labels [B] or [B, L])` returns a scalar to be minimised; a causal model's
+    labels are shifted to its logits.
     """
 
     def __init__(self, stage: str, surrogate: Callable[[Tensor, Tensor], Tensor]) -> None:
-        if not callable(surrogate):
-            raise ConfigError(
-                f"SurrogateLoss: surrogate is a {type(surrogate).__name__}; give a function of (logits, labels); in a "
-                "config: surrogate: {_target_: my_module.my_function, _partial_: true}"
-            )
+        require_arguments(surrogate, ("logits", "labels"), "SurrogateLoss: surrogate")
         super().__init__(stage)
         self.surrogate = surrogate
 
     def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        model = trained[self._stage(trained, batch)]
-        return self.surrogate(logits_of(model(**model_inputs(batch, model))), aligned_labels(model, batch["labels"]))
+        return self.surrogate(*logits_and_labels(trained[self.stage], batch))
 
 
 def expected_error(logits: Tensor, labels: Tensor) -> Tensor:
@@ -87,9 +73,7 @@ def expected_error(logits: Tensor, labels: Tensor) -> Tensor:
 class SumOfObjectives(MetaObjective):
     """A weighted sum of meta-objectives: over several stages, or a validation loss with regularisers of A.
 
-    Args:
-        terms: name → meta-objective.
-        weights: name → factor; 1 where it is not given.
+    `terms` are by name, `weights` the factors of some; 1 for the others.
     """
 
     def __init__(self, terms: Mapping[str, MetaObjective], weights: Mapping[str, float] | None = None) -> None:
@@ -117,10 +101,7 @@ class _OfWeights(MetaObjective):
         reader = type(self).__name__
         module = select(meta_params, self.weights, reader)
         if not callable(getattr(module, "weights", None)):
-            raise ConfigError(
-                f"{reader} reads a table of weights, and {type(module).__name__} is none: give it a method weights() "
-                "that returns them all"
-            )
+            raise ConfigError(f"{reader} reads a table of weights, and {type(module).__name__} has no weights()")
         return module.weights()
 
 
@@ -142,5 +123,96 @@ class Entropy(_OfWeights):
         weights = self._table(meta_params)
         if len(weights) < 2:
             raise ConfigError("Entropy: a table of one weight has none; at least 2 are needed")
-        shares = weights / weights.sum()
-        return torch.special.entr(shares).sum() / math.log(len(weights))
+        return torch.special.entr(weights / weights.sum()).sum() / math.log(len(weights))
+
+
+# --- a trained stage used as it was trained: the earlier stages' models make what it reads ----------------------
+
+
+class Pipeline(nn.Module):
+    """A trained student behind the trained models that feed it, called with a batch or with the inputs in it."""
+
+    def __init__(self, student: FunctionalModel, hand_over: FromUpstream, upstream: Models) -> None:
+        super().__init__()
+        self.module = student.structure.module  # says on which device the tensors are
+        self._student, self._hand_over, self._upstream = student, hand_over, upstream
+
+    def forward(self, **batch: Any) -> Any:
+        inputs, _ = self._hand_over.student_inputs(self._student, batch, self._upstream)
+        return self._student(**inputs)
+
+    def train(self, mode: bool = True) -> Pipeline:
+        return self  # its models have modes of their own
+
+    @contextmanager
+    def as_module(self) -> Iterator[nn.Module]:
+        yield self
+
+
+def as_trained(trained: Mapping[str, FunctionalModel], stage: str) -> FunctionalModel | Pipeline:
+    """Return a stage's trained model, behind those that fed it in training where they did."""
+    student = trained[stage]
+    loss = None if student.trained is None else student.trained.loss
+    for part in (loss, getattr(loss, "loss", None), *getattr(loss, "terms", {}).values()):
+        if isinstance(part, FromUpstream) and type(part).student_inputs != FromUpstream.student_inputs:
+            earlier = itertools.takewhile(lambda name: name != stage, trained)
+            return Pipeline(student, part, Models({name: trained[name] for name in earlier}))
+    return student
+
+
+# --- one meta-loss over several validation batches, with the memory of one --------------------------------------
+
+
+def mean_meta_loss(
+    objective: Callable[..., Tensor], trained: TrainedChain, batches: Iterable[Any], meta_params: AnyMetaParameters
+) -> Tensor:
+    """Return the mean of a meta-objective over n ≥ 1 batches, `1/n Σ_i f(trained, batch_i, φ)`, for the memory of one.
+
+    Each batch is differentiated as far as the trained weights and the meta-parameters at once, and its graph is freed;
+    the one backward of the result then carries the summed gradients through the chain.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ConfigError("mean_meta_loss: there is not a single batch; the mean of none is no meta-loss")
+    pairs, apart = _cut(trained)
+    pairs += [(tensor, tensor) for tensor in named_tensors(meta_params).values()]
+    leaves = [leaf for _, leaf in pairs]
+    total, sums = torch.zeros(()), [None] * len(leaves)
+    where = f"the meta-objective {type(objective).__name__}"
+    for batch in batches:
+        loss = require_scalar(evaluate(objective, apart, batch, meta_params), where, needs_graph=False) / len(batches)
+        total = loss.detach() + total.to(loss)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+            sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
+    reached = [(source, grad) for (source, _), grad in zip(pairs, sums, strict=True) if grad is not None]
+    if not reached:
+        return total
+    tensors, grads = zip(*reached, strict=True)
+    return _Differentiated.apply(total, grads, *tensors)
+
+
+def _cut(trained: TrainedChain) -> tuple[list[tuple[Tensor, Tensor]], TrainedChain]:
+    """Return pairs of a trained weight in the graph and a leaf of its values, and the models made of the leaves."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    results = {}
+    for name, result in trained.results.items():
+        own = result.model.params
+        leaves = {key: p.detach().requires_grad_() if p.requires_grad else p for key, p in own.items()}
+        pairs += [(p, leaves[key]) for key, p in own.items() if p.requires_grad]
+        results[name] = replace(result, model=result.model.with_params(leaves))
+    return pairs, TrainedChain(results, trained.version)
+
+
+class _Differentiated(torch.autograd.Function):
+    """A number whose gradient at each of the tensors is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        ctx.grads = grads
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative("mean_meta_loss", "add up the objective's values over the batches instead")
+        return (None, None, *(grad * cotangent for grad in ctx.grads))

@@ -1,4 +1,4 @@
-"""Losses on labels: what a supervised stage minimises, and targets that are learned."""
+"""Losses on labels, and losses around other losses: several terms with learned weights, and augmented data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaopt.base.errors import ConfigError
-from metaopt.base.ranges import check_counts
+from metaopt.base.errors import ConfigError, StageError, did_you_mean
 from metaopt.core.contracts import InnerLoss, Upstream
-from metaopt.core.meta_params import AnyMetaParameters, MetaParameters
+from metaopt.core.meta_params import Uniform
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.logits import counted, label_losses, logits_of, mean_over_positions, model_inputs, weighted_mean
-from metaopt.meta_params.tables import in_bounds, look_up, select
+from metaopt.meta_params.learned import EMBEDDINGS
+from metaopt.meta_params.tables import select
 
 
 class CrossEntropy(InnerLoss):
@@ -26,9 +25,7 @@ class CrossEntropy(InnerLoss):
     where every example has as many.
     """
 
-    def __call__(
-        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> Tensor:
+    def __call__(self, model: FunctionalModel, batch: Any, meta_params: Any, upstream: Upstream) -> Tensor:
         return mean_over_positions(*label_losses(model, batch)).mean()
 
 
@@ -38,9 +35,7 @@ class LabelSmoothing(InnerLoss):
     With learned weights of the terms its strength is learned (`SumOfLosses`).
     """
 
-    def __call__(
-        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> Tensor:
+    def __call__(self, model: FunctionalModel, batch: Any, meta_params: Any, upstream: Upstream) -> Tensor:
         log_p = logits_of(model(**model_inputs(batch, model))).log_softmax(-1)
         return mean_over_positions(-log_p.mean(-1), counted(model, batch)).mean()
 
@@ -50,73 +45,88 @@ class WeightedLoss(InnerLoss):
     is a weight for each label (`labels` [B, L] in the batch's own places).
 
     The inner gradient takes weights that are computed from the losses as given, as in Meta-Weight-Net; the
-    hypergradient still knows that they move with the model.
-
-    Args:
-        weights: which of several meta-parameters gives the weights; several names multiply theirs; None when there is
-            only one.
+    hypergradient still knows that they move with the model. `weights` says which of several meta-parameters gives
+    them; several names multiply theirs.
     """
 
     def __init__(self, weights: str | Sequence[str] | None = None) -> None:
         self.weights = weights
 
-    def __call__(
-        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> Tensor:
+    def __call__(self, model: FunctionalModel, batch: Any, meta_params: Any, upstream: Upstream) -> Tensor:
         names = [self.weights] if self.weights is None or isinstance(self.weights, str) else self.weights
         modules = [select(meta_params, name, "WeightedLoss") for name in names]
         return weighted_mean(*label_losses(model, batch), modules, batch)
 
 
-class SoftTargets(MetaParameters):
-    """A learned distribution over the classes for each training example (Vyas et al., 2020, arXiv:2009.09496).
-
-    `q_i = softmax(c · onehot(y_i) + r_i)`: it starts at the given label, smoothed, and r moves it elsewhere.
-
-    Args:
-        num_examples, num_labels: size of r.
-        confidence: c > 0; the given label starts with probability `e^c / (e^c + num_labels − 1)`.
-        sparse: as in `ExampleWeights`.
-    """
-
-    def __init__(self, num_examples: int, num_labels: int, confidence: float = 4.0, sparse: bool = False) -> None:
-        super().__init__()
-        check_counts("SoftTargets", num_examples=num_examples, num_labels=num_labels)
-        if not confidence > 0:
-            raise ConfigError(f"SoftTargets: confidence={confidence} must be above 0")
-        self.confidence, self.sparse = confidence, sparse
-        self.offsets = nn.Parameter(torch.zeros(num_examples, num_labels))
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the targets of a batch [B, C], from its `labels` [B] and `index`."""
-        offsets = look_up(self.offsets, batch, "index", "SoftTargets", self.sparse)
-        labels = batch["labels"]
-        if labels.dim() != 1 or not in_bounds(labels, offsets.shape[1]):
-            raise ConfigError(
-                f"SoftTargets: labels of shape {list(labels.shape)}, up to {int(labels.max())}, do not fit "
-                f"{offsets.shape[1]} classes with one label per example"
-            )
-        given = F.one_hot(labels, offsets.shape[1]).to(offsets.dtype)
-        return (self.confidence * given + offsets).softmax(-1)
-
-    def baseline(self) -> nn.Module:
-        """Return the smoothed given labels."""
-        return SoftTargets(*self.offsets.shape, confidence=self.confidence)
-
-
 class SoftTargetLoss(InnerLoss):
     """Cross-entropy against learned targets: `L = −1/B Σ_i Σ_c q_ic(φ) log p_ic`.
 
-    Args:
-        targets: which of several meta-parameters is the `SoftTargets`; None when there is only one.
+    `targets` says which of several meta-parameters is the `SoftTargets`.
     """
 
     def __init__(self, targets: str | None = None) -> None:
         self.targets = targets
 
-    def __call__(
-        self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream
-    ) -> Tensor:
+    def __call__(self, model: FunctionalModel, batch: Any, meta_params: Any, upstream: Upstream) -> Tensor:
         log_p = logits_of(model(**model_inputs(batch, model))).log_softmax(-1)
         targets = select(meta_params, self.targets, "SoftTargetLoss")(batch)
         return -(targets.to(log_p.dtype) * log_p).sum(-1).mean()
+
+
+class SumOfLosses(InnerLoss):
+    """Several losses by name, each with a learned weight: `L = Σ_k w_k(φ) L_k`.
+
+    `weights` says which of several meta-parameters is the `TermWeights`; a term may read meta-parameters of its own.
+    """
+
+    def __init__(self, terms: Mapping[str, InnerLoss], weights: str | None = None) -> None:
+        if not terms:
+            raise ConfigError("SumOfLosses: terms is empty; give at least one: terms={'hard': CrossEntropy()}")
+        self.terms, self.weights = dict(terms), weights
+        self.reads = tuple(read for term in terms.values() for read in getattr(term, "reads", ()))
+
+    def __call__(self, model: FunctionalModel, batch: Any, meta_params: Any, upstream: Upstream) -> Tensor:
+        module = select(meta_params, self.weights, "SumOfLosses")
+        weights = dict.fromkeys(self.terms, 1.0) if isinstance(module, Uniform) else module()
+        found = []
+        for name, term in self.terms.items():
+            if name not in weights:
+                hint = did_you_mean(name, weights)
+                raise ConfigError(f"SumOfLosses: {type(module).__name__} has no weight {name!r}{hint}")
+            found.append(weights[name] * term(model, batch, meta_params, upstream))
+        return torch.stack(found).sum()
+
+    def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
+        found = (term.problem_with(model, upstream) for term in self.terms.values() if isinstance(term, InnerLoss))
+        return next((problem for problem in found if problem), None)
+
+
+class AugmentedLoss(InnerLoss):
+    """Another `loss` on data that a meta-parameter augments; `augmentation` says which of several."""
+
+    def __init__(self, loss: InnerLoss, augmentation: str | None = None) -> None:
+        self.loss, self.augmentation = loss, augmentation
+        self.reads = getattr(loss, "reads", ())
+
+    def __call__(self, model: FunctionalModel, batch: Any, meta_params: Any, upstream: Upstream) -> Tensor:
+        module = select(meta_params, self.augmentation, "AugmentedLoss")
+        if not isinstance(module, Uniform):  # the baseline: nothing is augmented
+            if getattr(module, "key", None) == EMBEDDINGS and EMBEDDINGS not in batch:
+                batch = _embedded(model, batch)
+            batch = module(batch)
+        return self.loss(model, batch, meta_params, upstream)
+
+    def problem_with(self, model: nn.Module, upstream: Mapping[str, nn.Module]) -> str | None:
+        return self.loss.problem_with(model, upstream) if isinstance(self.loss, InnerLoss) else None
+
+
+def _embedded(model: FunctionalModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch with its `input_ids` replaced by the model's own embeddings of them, in the graph."""
+    batch = dict(batch)
+    model.note_reading(model_inputs(batch))
+    with model.as_module() as module:
+        table: Any = getattr(module, "get_input_embeddings", lambda: None)()
+        if table is None or "input_ids" not in batch:
+            raise StageError(f"{model!r} has no get_input_embeddings(), or the batch no input_ids to embed")
+        batch[EMBEDDINGS] = table(batch.pop("input_ids"))
+    return batch

@@ -1,4 +1,4 @@
-"""Meta-parameters: what the outer problem learns."""
+"""Meta-parameters by tables: a weight or a distribution per example, source, class or token; how readers find them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from metaopt.base.errors import ConfigError, did_you_mean
+from metaopt.base.ranges import check_counts
 from metaopt.core.meta_params import (
     AnyMetaParameters,
     MetaParameters,
@@ -32,8 +34,7 @@ class _TableOfWeights(MetaParameters):
     def __init__(self, size: int, parametrisation: str, sparse: bool = False) -> None:
         super().__init__()
         where = type(self).__name__
-        if size < 1:
-            raise ConfigError(f"{where}: {size} weights; at least 1 is needed")
+        check_counts(where, weights=size)
         if parametrisation not in PARAMETRISATIONS:
             hint = did_you_mean(parametrisation, PARAMETRISATIONS)
             raise ConfigError(f"{where}: no parametrisation {parametrisation!r}{hint}")
@@ -58,9 +59,7 @@ class _TableOfWeights(MetaParameters):
 class SourceWeights(_TableOfWeights):
     """One weight per source (group) of the data: `w_s = n · softmax(logits)_s`, mean 1 over the n sources.
 
-    Args:
-        num_sources: n.
-        parametrisation: `softmax`, or `sigmoid` for `w_s = σ(logits_s)`, which starts at 1/2.
+    `parametrisation="sigmoid"`: `w_s = σ(logits_s)`, which starts at 1/2.
     """
 
     key = "source"
@@ -70,13 +69,10 @@ class SourceWeights(_TableOfWeights):
 
 
 class ExampleWeights(_TableOfWeights):
-    """One weight per training example: `w_i = σ(logits_i)`, which starts at 1/2.
+    """One weight per training example: `w_i = σ(logits_i)`, which starts at 1/2; `softmax`: `n · softmax(logits)_i`.
 
-    Args:
-        num_examples: n; a batch's `index` runs from 0 to n − 1.
-        parametrisation: `sigmoid`, or `softmax` for `w_i = n · softmax(logits)_i`.
-        sparse: the hypergradient holds only the rows that the unroll has read, for tables of a million examples; the
-            meta-optimizer is then `torch.optim.SparseAdam` or plain `SGD`.
+    A batch's `index` runs from 0 to n − 1. With `sparse` the hypergradient holds only the rows that the unroll has
+    read, for tables of a million examples; the meta-optimizer is then `torch.optim.SparseAdam` or plain `SGD`.
     """
 
     key = "index"
@@ -86,13 +82,9 @@ class ExampleWeights(_TableOfWeights):
 
 
 class ClassWeights(_TableOfWeights):
-    """One weight per class, chosen by the label: `w_c = n · softmax(logits)_c`, mean 1 over the n classes.
+    """One weight per class, chosen by the label: `w_c = n · softmax(logits)_c`, mean 1; `sigmoid`: `σ(logits_c)`.
 
     For sequences the labels are tokens, and the weights are those of the positions [batch size, positions].
-
-    Args:
-        num_labels: n.
-        parametrisation: `softmax`, or `sigmoid` for `w_c = σ(logits_c)`.
     """
 
     key = "labels"
@@ -102,11 +94,9 @@ class ClassWeights(_TableOfWeights):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the weight of each label, of the labels' shape; 0 where a position does not count."""
-        if "labels" not in batch:
-            raise ConfigError(f"{type(self).__name__} reads batch['labels'], which this batch lacks")
-        labels = batch["labels"]
-        weights = look_up(self.weights(), {"labels": labels.clamp(min=0)}, self.key, type(self).__name__)
-        return weights.masked_fill(labels < 0, 0.0)
+        known = {**batch, "labels": batch["labels"].clamp(min=0)} if "labels" in batch else batch
+        weights = look_up(self.weights(), known, self.key, type(self).__name__)
+        return weights.masked_fill(batch["labels"] < 0, 0.0)
 
     def summary(self) -> dict[str, float]:
         """Return the weight of each class, if there are not too many to read."""
@@ -122,11 +112,9 @@ class TokenWeights(ClassWeights):
 
 
 class FixedWeights(MetaParameters):
-    """Given weights that are not learned: an oracle mask, or learned weights once they are frozen.
+    """Given weights [n] that are not learned: an oracle mask, or learned weights once they are frozen.
 
-    Args:
-        weights: [n].
-        key: which entry of a batch selects the weight: `index` or `source`.
+    `key` is the entry of a batch that selects the weight: `index` or `source`.
     """
 
     table: Tensor
@@ -137,40 +125,68 @@ class FixedWeights(MetaParameters):
         self.register_buffer("table", weights.detach().clone().to(torch.get_default_dtype()))
 
     def weights(self) -> Tensor:
-        """Return all weights [n]."""
         return self.table
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight of each example of the batch [batch size]."""
         return look_up(self.table, batch, self.key, type(self).__name__)
 
 
 class ExampleTensor(TensorWeights):
     """A user's own tensor as losses read it: entry i is the weight of example i."""
 
-    key = "index"
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return look_up(self.weights(), batch, "index", "a tensor as meta-parameters")
+
+
+class SoftTargets(MetaParameters):
+    """A learned distribution over the classes for each training example (Vyas et al., 2020, arXiv:2009.09496).
+
+    `q_i = softmax(c · onehot(y_i) + r_i)`: it starts at the given label, which has the probability
+    `e^c / (e^c + num_labels − 1)` by c = `confidence` > 0, and r moves it elsewhere; `sparse` as in `ExampleWeights`.
+    """
+
+    def __init__(self, num_examples: int, num_labels: int, confidence: float = 4.0, sparse: bool = False) -> None:
+        super().__init__()
+        check_counts("SoftTargets", num_examples=num_examples, num_labels=num_labels)
+        check_positive("SoftTargets", confidence=confidence)
+        self.confidence, self.sparse = confidence, sparse
+        self.offsets = nn.Parameter(torch.zeros(num_examples, num_labels))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight of each example of the batch [batch size]."""
-        return look_up(self.weights(), batch, self.key, "a tensor as meta-parameters")
+        """Return the targets of a batch [B, C], from its `labels` [B] and `index`."""
+        offsets, labels = look_up(self.offsets, batch, "index", "SoftTargets", self.sparse), batch["labels"]
+        if labels.dim() != 1 or not in_bounds(labels, offsets.shape[1]):
+            raise ConfigError(f"SoftTargets: the labels do not fit {offsets.shape[1]} classes, one label per example")
+        given = F.one_hot(labels, offsets.shape[1]).to(offsets.dtype)
+        return (self.confidence * given + offsets).softmax(-1)
+
+    def baseline(self) -> nn.Module:
+        return SoftTargets(*self.offsets.shape, confidence=self.confidence)
 
 
 # --- how losses and reports read meta-parameters ----------------------------------------------------------------
 
 
+def check_positive(where: str, **numbers: float) -> None:
+    """Raise for a number that is not above 0."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ConfigError(f"{where}: {name}={value} must be above 0")
+
+
 def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any:
     """Return the module that the class `reader` reads: the one called `name`, or the only one there is."""
     alone = isinstance(meta_params, (Tensor, nn.Module)) and not isinstance(meta_params, nn.ModuleDict)
-    if alone and name is not None:
-        raise ConfigError(f"{reader} reads meta-parameters {name!r}, but they are one module without a name")
-    modules: Any = {"": meta_params} if alone else meta_params
+    modules: Any = {None: meta_params} if alone else meta_params
     if name is None and len(modules) == 1:
         (found,) = modules.values()
     elif name in modules:
         found = modules[name]
+    elif alone:
+        raise ConfigError(f"{reader} reads meta-parameters {name!r}, but they are one module without a name")
     else:
-        hint = did_you_mean(name or "", modules)
-        raise ConfigError(f"{reader} must say which meta-parameters it reads: {reader}(weights=...){hint}")
+        said = "must say which meta-parameters it reads" if name is None else f"reads meta-parameters {name!r}"
+        raise ConfigError(f"{reader} {said}, by a name that they have{did_you_mean(name or '', modules)}")
     return ExampleTensor(found) if isinstance(found, Tensor) else found
 
 
@@ -182,46 +198,25 @@ def in_bounds(index: Tensor, size: int) -> bool:
 
 
 def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, sparse: bool = False) -> Tensor:
-    """Return the row of a table [n] or [n, C] at each of `batch[key]`, after checking that there is one for each.
-
-    `sparse` lets the table's gradient hold only the rows that are read.
-    """
+    """Return the row of a table [n] or [n, C] at each of `batch[key]`; if `sparse`, its gradient holds no others."""
     if key not in batch:
-        raise ConfigError(
-            f"{reader} reads batch[{key!r}], which this batch lacks (it has: {', '.join(batch)}); let the data set add "
-            "it, or weigh by another key"
-        )
+        raise ConfigError(f"{reader} reads batch[{key!r}], which this batch lacks (it has: {', '.join(batch)})")
     index = batch[key]
     if not in_bounds(index, len(table)):
-        raise ConfigError(
-            f"{reader} has {len(table)} weights, and batch[{key!r}] runs from {int(index.min())} to "
-            f"{int(index.max())}; number from 0, and build it with one weight for each"
-        )
-    return _SparseRows.apply(table, index) if sparse else table[index]
-
-
-class _SparseRows(torch.autograd.Function):
-    """`table[index]`, whose gradient is a sparse tensor that holds only the rows that were read."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = table.shape
+        seen = f"batch[{key!r}] runs from {int(index.min())} to {int(index.max())}"
+        raise ConfigError(f"{reader} has {len(table)} weights, and {seen}; number from 0, and give one to each")
+    if not sparse:
         return table[index]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        rows = gradients[0].reshape(index.numel(), *ctx.shape[1:])
-        return torch.sparse_coo_tensor(index.reshape(1, -1), rows, ctx.shape, check_invariants=False), None
+    return F.embedding(index, table, sparse=True) if table.dim() == 2 else table.gather(0, index, sparse_grad=True)
 
 
 def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:
     """Return what training without these meta-parameters uses in their place."""
     plain = {n: m.baseline() if isinstance(m, MetaParameters) else Uniform() for n, m in as_named(meta_params).items()}
     like = next(iter(named_tensors(meta_params).values()), None)
-    for module in plain.values():
-        module.requires_grad_(False).to(like) if like is not None else None
+    if like is not None:
+        for module in plain.values():
+            module.requires_grad_(False).to(like)
     return as_given(plain.get("", plain))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -29,16 +30,12 @@ def encoder_decoder(
     initializer_range: float = 0.1,
     max_target_length: int | None = None,
 ) -> EncoderDecoderModel:
-    """Return a BERT encoder and a BERT decoder with cross-attention, freshly initialised.
+    """Return a BERT encoder and a BERT decoder with cross-attention, freshly initialised, each of these sizes.
 
     Args:
-        vocab_size: of both, inputs and answers.
-        pad_token_id, bos_token_id, eos_token_id: the tokens that fill, begin and end an answer.
-        max_length: tokens of the longest input.
-        hidden_size, num_layers, num_heads, intermediate_size, dropout: of each of the two.
+        max_length, max_target_length: tokens of the longest input and of the longest answer, if it is longer.
         initializer_range: standard deviation of the initial weights. BERT's own 0.02 is meant for width 768; a width of
             64 learns faster from 0.1.
-        max_target_length: tokens of the longest answer; None if none is longer than the longest input.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -46,65 +43,55 @@ def encoder_decoder(
     where = "encoder_decoder"
     check_counts(where, vocab_size=vocab_size, max_length=max_length, hidden_size=hidden_size)
     check_counts(where, num_layers=num_layers, num_heads=num_heads, intermediate_size=intermediate_size)
-    max_length = max(max_length, max_target_length or 0)
     if not (isinstance(initializer_range, int | float) and initializer_range > 0):
         raise ConfigError(f"{where}: initializer_range={initializer_range!r} must be a positive number")
     _check_dropout(where, dropout)
-    tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    _check_tokens(where, tokens, vocab_size)
-    options: dict[str, Any] = dict(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        intermediate_size=intermediate_size,
-        max_position_embeddings=max_length,
-        hidden_dropout_prob=float(dropout),
-        attention_probs_dropout_prob=float(dropout),
-        initializer_range=float(initializer_range),
-        type_vocab_size=1,
-        **tokens,
-    )
-    # No cache in a training step; generate() asks for one by itself.
-    encoder, decoder = BertConfig(**options), BertConfig(**options, use_cache=False)
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)  # makes `decoder` a decoder
+    tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     with refusing(f"{where}: num_heads={num_heads}, hidden_size={hidden_size}"):
+        half = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            intermediate_size=intermediate_size,
+            max_position_embeddings=max(max_length, max_target_length or 0),
+            hidden_dropout_prob=float(dropout),
+            attention_probs_dropout_prob=float(dropout),
+            initializer_range=float(initializer_range),
+            type_vocab_size=1,
+            **tokens,
+        )
+        # No cache in a training step; generate() asks for one by itself.
+        decoder = {**half.to_dict(), "is_decoder": True, "add_cross_attention": True, "use_cache": False}
+        config: Any = EncoderDecoderConfig(encoder=half.to_dict(), decoder=decoder)
         halves = BertModel(config.encoder, add_pooling_layer=False), BertLMHeadModel(config.decoder)
-    return _with_tokens(EncoderDecoderModel(config, *halves), tokens)
+    return _with_tokens(where, EncoderDecoderModel(config, *halves), tokens)
 
 
 def pretrained_encoder_decoder(
     encoder: str, pad_token_id: int, bos_token_id: int, eos_token_id: int, decoder: str | None = None
 ) -> EncoderDecoderModel:
-    """Return an encoder-decoder whose two halves are loaded; the cross-attention between them is new.
-
-    Each is a folder written by `save_pretrained`, or a name on the Hugging Face hub; the decoder may be the encoder's.
-    """
+    """Return an encoder-decoder whose two halves are loaded from folders or the hub, with new cross-attention."""
     decoder = encoder if decoder is None else decoder
     with refusing(f"pretrained_encoder_decoder: cannot load {encoder=}, {decoder=}: {FOLDER_OR_NAME}"):
         model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder, decoder)
     if "add_pooling_layer" in inspect.signature(type(model.encoder).__init__).parameters:
         model.encoder.pooler = None  # its output is never read
     tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    _check_tokens("pretrained_encoder_decoder", tokens, model.config.decoder.vocab_size)
-    return _with_tokens(model, tokens)
+    return _with_tokens("pretrained_encoder_decoder", model, tokens)
 
 
-def _with_tokens(model: EncoderDecoderModel, tokens: Mapping[str, int]) -> EncoderDecoderModel:
+def _with_tokens(where: str, model: Any, tokens: Mapping[str, Any]) -> EncoderDecoderModel:
     """Tell the model, and its `generate`, the tokens that begin, end and fill an answer."""
+    vocab_size = model.config.decoder.vocab_size
+    for name, token in tokens.items():
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ConfigError(f"{where}: {name}={token!r} must be a token of the vocabulary, 0 to {vocab_size - 1}")
     for config in (model.config, model.generation_config):
         for name, token in tokens.items():
             setattr(config, name, token)
         config.decoder_start_token_id = tokens["bos_token_id"]
     return model
-
-
-def _check_tokens(where: str, tokens: Mapping[str, Any], vocab_size: int) -> None:
-    for name, token in tokens.items():
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ConfigError(
-                f"{where}: {name}={token!r} must be a token of the vocabulary, from 0 to {vocab_size - 1}"
-            )
 
 
 def _check_dropout(where: str, dropout: float) -> None:
@@ -141,21 +128,17 @@ def check_fits(model: nn.Module, facts: Mapping[str, Any], stage_name: str) -> N
     """Raise a ConfigError where a stage's model cannot take the data: vocabulary, length, features or labels."""
     config = getattr(model, "config", None)
     encoder, decoder = getattr(config, "encoder", config), getattr(config, "decoder", config)
-    for half, part, length in (("encoder ", encoder, "max_length"), ("decoder ", decoder, "max_target_length")):
-        half = half if encoder is not decoder else ""
-        limits = (("vocabulary", "vocab_size", "vocab_size"), ("positions", "max_position_embeddings", length))
-        for what, name, fact in limits:
-            has, needs = getattr(part, name, None), facts.get(fact)
-            if isinstance(has, int) and needs is not None and has < needs:
-                raise ConfigError(
-                    f"stage {stage_name!r}: the model's {half}{what} ({name}={has}) is smaller than the data's "
-                    f"({fact}={needs}); build it with {name}={needs} or more (in a config: ${{facts.{fact}}}), or give "
-                    "the data set this model's tokenizer"
-                )
-    for name in ("num_features", "num_labels"):
-        has, needs = getattr(model, name, None), facts.get(name)
-        if isinstance(has, int) and needs is not None and has != needs:
+    for part, name, fact, fits in (
+        (encoder, "vocab_size", "vocab_size", operator.ge),
+        (encoder, "max_position_embeddings", "max_length", operator.ge),
+        (decoder, "vocab_size", "vocab_size", operator.ge),
+        (decoder, "max_position_embeddings", "max_target_length", operator.ge),
+        (model, "num_features", "num_features", operator.eq),
+        (model, "num_labels", "num_labels", operator.eq),
+    ):
+        has, needs = getattr(part, name, None), facts.get(fact)
+        if isinstance(has, int) and needs is not None and not fits(has, needs):
             raise ConfigError(
-                f"stage {stage_name!r}: the model's {name} is {has}, and the data's is {needs}; build it with "
-                f"{name}={needs} (in a config: {name}: ${{facts.{name}}})"
+                f"stage {stage_name!r}: the model's {name} is {has}, and the data need {fact}={needs}; build it "
+                f"with {name}={needs} (in a config: ${{facts.{fact}}}), or give the data this model's tokenizer"
             )

@@ -215,7 +215,7 @@ FEW = [f"data.num_{stream}=64" for stream in ("train", "unlabelled", "validation
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"stage 'teacher': .*vocab_size=30\) is smaller than the data's"):
+    with pytest.raises(ConfigError, match=r"stage 'teacher': .*vocab_size is 30, and the data need"):
         run(tmp_path, *FEW, "debug=tiny", "model.vocab_size=30")
 
 

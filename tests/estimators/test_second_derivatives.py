@@ -22,7 +22,7 @@ from metaopt.estimators import (
     Truncated,
     Unrolled,
 )
-from metaopt.losses.mean import mean_meta_loss
+from metaopt.losses.objectives import mean_meta_loss
 
 SWEPT = [
     *(Checkpointed(store=store) for store in ("states", "gradients", "recompute")),

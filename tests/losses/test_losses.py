@@ -89,7 +89,7 @@ def test_cross_entropy_of_sequences_is_a_mean_over_the_positions_that_count():
 
 
 def test_labels_that_do_not_fit_the_logits_are_refused():
-    with pytest.raises(metaopt.StageError, match=r"\[3, 4, 5\] do not fit labels of shape \[3\]: .* shape \[3, 4\]"):
+    with pytest.raises(metaopt.StageError, match=r"\[3, 4, 5\] do not fit labels \[3\]: .* shape \[3, 4\]"):
         cross_entropy_per_example(drawing(0)(3, 4, 5), torch.zeros(3, dtype=torch.long))
 
 
@@ -118,7 +118,7 @@ def test_a_loss_says_which_of_several_meta_parameters_it_reads():
     for name, module in several.items():
         assert_same(losses[name], one_stage().unroll(module).losses["only"])
     assert not torch.equal(losses["first"], losses["second"])
-    with pytest.raises(metaopt.ConfigError, match=r"WeightedLoss\(weights=\.\.\.\).*first, second"):
+    with pytest.raises(metaopt.ConfigError, match=r"WeightedLoss must say which .*first, second"):
         one_stage().unroll(several)
     with pytest.raises(metaopt.ConfigError, match=r"did you mean 'first'"):
         one_stage(metaopt.WeightedLoss("frist")).unroll(several)
@@ -361,7 +361,7 @@ def test_upstream_models_are_found_or_the_names_there_are_said():
     upstream: Any = {"first": first, "second": second}
     assert find_upstream(upstream, None, "Reader") is second
     assert find_upstream(upstream, "first", "Reader") is first
-    with pytest.raises(metaopt.ConfigError, match=r"Reader: no earlier stage 'frist' \(did you mean 'first'\?\)"):
+    with pytest.raises(metaopt.ConfigError, match=r"no stage 'frist' .*\(did you mean 'first'\?\)"):
         find_upstream(upstream, "frist", "Reader")
     with pytest.raises(metaopt.ConfigError, match="Reader learns from an earlier stage, but its stage is the first"):
         find_upstream({}, "first", "Reader")

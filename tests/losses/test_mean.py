@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainers import learned, trainer
 
 import metaopt
-from metaopt.losses.mean import mean_meta_loss
+from metaopt.losses.objectives import mean_meta_loss
 
 BATCHES = feature_batches(3, seed=8)
 

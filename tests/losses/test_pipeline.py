@@ -17,7 +17,7 @@ from torch import Tensor
 import metaopt
 from metaopt.core.view import Training
 from metaopt.losses.decoding import greedy_decode, sequence_score
-from metaopt.losses.pipeline import Pipeline, as_trained
+from metaopt.losses.objectives import Pipeline, as_trained
 from metaopt.trainer import Selection
 
 STUDENT = metaopt.PipelineLoss("student")
@@ -70,7 +70,7 @@ def test_without_such_a_hand_over_it_is_the_validation_loss():
     trained = chain.unroll(weights)
     assert as_trained(trained, "student") is trained["student"]
     assert_same(STUDENT(trained, batch, weights), metaopt.ValidationLoss("student")(trained, batch, weights))
-    with pytest.raises(metaopt.ConfigError, match=r"PipelineLoss: no stage 'studnet' \(did you mean 'student'"):
+    with pytest.raises(KeyError, match=r"no stage 'studnet' \(did you mean 'student'"):
         metaopt.PipelineLoss("studnet")(trained, batch, weights)
 
 

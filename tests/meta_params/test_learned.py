@@ -292,8 +292,8 @@ def test_values_that_cannot_be_are_refused(make, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, r"must say which .*FromMeta\('rates'\)"),
-        ("rate", r"no meta-parameters of that name.*did you mean 'rates'"),
+        (None, "must say which .*rates"),
+        ("rate", "'rate'.*did you mean 'rates'"),
     ],
 )
 def test_several_meta_parameters_need_the_right_name(name, message):
@@ -316,5 +316,5 @@ def test_initial_weights_from_a_factory():
 def test_initial_weights_of_another_model_are_refused():
     recipe = Recipe(torch.optim.SGD, slots={"initial": metaopt.FromMeta("start")})
     meta_params = {"weights": example_weights(), "start": metaopt.InitialWeights(nn.Linear(2, 2))}
-    with pytest.raises(metaopt.ConfigError, match="'weight' is no trained parameter of the stage's model"):
+    with pytest.raises(metaopt.StageError, match=r"'weight' of .* no trained parameter"):
         hypergradient(recipe, meta_params)

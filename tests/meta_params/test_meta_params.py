@@ -58,7 +58,7 @@ def test_an_empty_batch_has_no_weights():
 
 
 def test_arguments_that_cannot_be_used_are_refused():
-    with pytest.raises(metaopt.ConfigError, match="ExampleWeights: 0 weights; at least 1 is needed"):
+    with pytest.raises(metaopt.ConfigError, match="ExampleWeights: weights=0"):
         metaopt.ExampleWeights(0)
     with pytest.raises(metaopt.ConfigError, match=r"no parametrisation 'softmx' \(did you mean 'softmax'"):
         metaopt.SourceWeights(3, "softmx")

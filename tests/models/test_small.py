@@ -123,7 +123,7 @@ def test_whole_numbers_serve_where_a_fraction_is_asked_for() -> None:
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": "much"}, "dropout='much'"),
         ({"initializer_range": 0.0}, "initializer_range=0.0 must be a positive number"),
-        ({"bos_token_id": 30}, "bos_token_id=30 must be a token of the vocabulary, from 0 to 29"),
+        ({"bos_token_id": 30}, "bos_token_id=30 must be a token of the vocabulary, 0 to 29"),
         ({"eos_token_id": None}, "eos_token_id=None"),
     ],
 )
@@ -222,12 +222,12 @@ def test_models_that_fit_pass_and_larger_ones_too() -> None:
 @pytest.mark.parametrize(
     ("model", "facts", "message"),
     [
-        (lambda: tiny(), {"vocab_size": 31}, r"stage 'student': .*encoder vocabulary \(vocab_size=30\).*vocab_size=31"),
-        (lambda: tiny(), {"max_length": 10}, r"encoder positions.*9.*max_length=10"),
-        (lambda: tiny(), {"max_target_length": 10}, r"decoder positions.*9.*max_target_length=10"),
-        (lambda: BertModel(BertConfig(vocab_size=20, hidden_size=12)), {"vocab_size": 21}, "model's vocabulary"),
-        (lambda: MLP(4, (3,), 2), {"num_features": 5}, "num_features is 4, and the data's is 5"),
-        (lambda: MLP(4, (3,), 2), {"num_labels": 10}, "num_labels is 2, and the data's is 10"),
+        (lambda: tiny(), {"vocab_size": 31}, "stage 'student': .*vocab_size is 30.*vocab_size=31"),
+        (lambda: tiny(), {"max_length": 10}, "position.*9.*max_length=10"),
+        (lambda: tiny(), {"max_target_length": 10}, "position.*9.*max_target_length=10"),
+        (lambda: BertModel(BertConfig(vocab_size=20, hidden_size=12)), {"vocab_size": 21}, "vocab_size is 20"),
+        (lambda: MLP(4, (3,), 2), {"num_features": 5}, "num_features is 4.*num_features=5"),
+        (lambda: MLP(4, (3,), 2), {"num_labels": 10}, "num_labels is 2.*num_labels=10"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(model: Any, facts: dict[str, Any], message: str) -> None:
