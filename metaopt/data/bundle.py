@@ -13,7 +13,7 @@ from torch import Tensor
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts
 
-STREAMS = ("train", "unlabelled", "validation", "selection", "test")
+STREAMS: tuple[str, ...] = ("train", "unlabelled", "validation", "selection", "test")
 
 
 @dataclass(frozen=True)

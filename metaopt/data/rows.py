@@ -22,10 +22,11 @@ class Rows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, index: int | Sequence[int]) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | Tensor) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
 
-    __getitems__ = __getitem__
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self[torch.as_tensor(indices)]
 
 
 def streams(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts
@@ -75,7 +75,7 @@ def text(
     check_counts("text", batch_size=batch_size, validation_batch_size=validation_batch_size)
     check_counts("text", **{option: limit for option, limit in limits.items() if limit is not None})
 
-    wheres: dict[str, Any] = dict(zip(STREAMS, (train, unlabelled, validation, selection, test), strict=True))
+    wheres = dict(zip(STREAMS, (train, unlabelled, validation, selection, test), strict=True))
     columns = {"input": input, "target": target, "source": source}
     texts = read_texts(wheres, columns, {"path": name, "name": subset, "cache_dir": cache_dir}, allow_overlap)
     if task == "causal" and target is not None:
