@@ -44,11 +44,9 @@ class Task:
         if self.has_targets and "exact_match" in self.metrics:
             labels = [row for stream in LABELLED for row in self.columns[stream]["labels"]]
             self.facts["max_target_length"] = max(len(row) - row.count(IGNORED) for row in labels)
-        cut = [
-            f"cut to {option}={limits[option]} tokens: {', '.join(said)}" for option, said in self.cut.items() if said
-        ]
+        cut = "; ".join(f"cut to {o}={limits[o]} tokens: {', '.join(said)}" for o, said in self.cut.items() if said)
         if cut:
-            log.warning("text: %s; raise the limit (data.max_length=...) to keep them whole", "; ".join(cut))
+            log.warning("text: %s; raise the limit (data.max_length=...) to keep them whole", cut)
 
     def encode(self, stream: str) -> dict[str, list[Any]]:
         raise NotImplementedError

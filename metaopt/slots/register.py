@@ -97,9 +97,9 @@ def probe(optimizer: Optimizer, kind: Kind) -> tuple[str, ...]:
         off = float((ours.detach() - theirs).abs().max() / (theirs.abs().max() + 1e-30))
         if not off < _SAME:
             raise ConfigError(
-                f"{name} was registered, but its differentiable step {t} is {off:.1e} away from its own step(): either "
-                "its step of one parameter depends on the others (a norm over a group, a rate made of all), and a stage "
-                f"steps each by itself (clip by Stage(..., transform=...)); or step=... is not its update{alike}"
+                f"{name} was registered, but its differentiable step {t} is {off:.1e} away from its own step(): "
+                "its step of one parameter depends on the others (a norm, a rate made of all), and a stage steps each "
+                f"by itself (clip by Stage(..., transform=...)); or step=... is not its update{alike}"
             )
     of_weights, of_gradients, difference = trial.slopes(found[-1], along)
     slope = of_weights + of_gradients
