@@ -62,10 +62,8 @@ def text(
         separator: between input and target of a causal model.
         max_length, max_target_length: tokens of inputs and targets; longer ones are cut, and a message says how many.
             None keeps them whole, as far as the tokenizer's model can read.
-        batch_size, validation_batch_size: of what models are trained on, and of what A is trained on.
         selection_metric: None is `exact_match`, `token_accuracy` (texts without target) or `accuracy`.
         allow_overlap: accept inputs that are in two of the labelled streams.
-        cache_dir: where `datasets` keeps its copies; None for its own place.
 
     Raises:
         ConfigError: an unknown task, a missing file, column or value, an empty stream, two streams that overlap.

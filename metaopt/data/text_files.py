@@ -28,10 +28,8 @@ def read_texts(
     """Return each stream's columns as text, none of their values missing.
 
     Args:
-        wheres: stream → file, files, or split.
         columns: what a column is for, as in `ROLES` → its name in the data.
         hub: what `datasets.load_dataset` takes: `path` and `name` of a hub data set (None for files), `cache_dir`.
-        allow_overlap: accept inputs that are in two of the labelled streams.
 
     Raises:
         ConfigError: no such file, split, column or row, a row without a value, or streams that share examples.
@@ -40,8 +38,7 @@ def read_texts(
     for stream in LABELLED:
         if stream not in given:
             raise ConfigError(
-                f"text: there is no {stream} stream: give {stream}=... (a file, or a split of the hub data set); no "
-                "other can stand in for it"
+                f"text: there is no {stream} stream: give {stream}=... (a file, or a split of a hub data set)"
             )
     places = {s: {str(w)} if hub["path"] else {str(p.resolve()) for p in _paths(w)} for s, w in given.items()}
     _refuse_shared(places, "file or split", "split it")

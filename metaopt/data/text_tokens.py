@@ -64,10 +64,8 @@ def load_tokenizer(name: str, texts: Texts) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"text: tokenizer={name!r} has neither a filler nor an end token; set one and save it: "
-            "tokenizer.pad_token = ...; tokenizer.save_pretrained(folder)"
-        )
+        advice = "set tokenizer.pad_token = ... and save it"
+        raise ConfigError(f"text: tokenizer={name!r} has neither a filler nor an end token; {advice}")
     return tokenizer
 
 
@@ -76,10 +74,7 @@ def special_tokens(tokenizer: Any, task: str, decoder_start: int | None) -> dict
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None and task != "classification":
-        raise ConfigError(
-            "text: the tokenizer has no end token, without which no answer ends; set one and save it: "
-            "tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)"
-        )
+        raise ConfigError("text: no answer ends without an end token: set tokenizer.eos_token = ... and save it")
     if task == "causal" and begin is None:
         begin = end
     if task == "seq2seq":

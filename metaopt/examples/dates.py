@@ -71,8 +71,6 @@ def dates(
     Args:
         noise: fraction of wrong answers, from 0 to 1, for `random` only; None is 0.4.
         num_bad_sources: how many of the sources swap, for `sources` only; None is 5.
-        num_train, num_unlabelled, num_validation, num_selection, num_test: examples of each stream.
-        batch_size, validation_batch_size: of what models learn from, and of what the meta-parameters learn from.
         locales, formats: of babel; formats are `short`, `medium`, `long`, `full`.
         first_year, last_year: of the calendar, 100 years at most (some formats write only the last two digits).
         seed: of all that is drawn here, which sources are bad included.
@@ -173,8 +171,8 @@ class Language:
                 raise ConfigError(f"dates: locales: babel has no locale {locale!r}; write 'en_GB' or 'de'") from error
         if not (1000 <= first_year <= last_year <= 9999 and last_year - first_year < MAX_YEARS):
             raise ConfigError(
-                f"dates: first_year={first_year}, last_year={last_year}: give years between 1000 and 9999, the first "
-                f"not after the last, and {MAX_YEARS} at most, since some formats write only the last two digits"
+                f"dates: first_year={first_year}, last_year={last_year}: give years in order from 1000 to 9999, and "
+                f"{MAX_YEARS} at most, since some formats write only the last two digits"
             )
         self.locales, self.formats = tuple(locales), tuple(formats)
         first, end = datetime.date(first_year, 1, 1), datetime.date(last_year, 12, 31)

@@ -39,8 +39,6 @@ def register_optimizer(
     and compares them with the class's own `step()`, and their derivatives with central differences.
 
     Args:
-        cls: your class.
-        step: the update as a function.
         learnable: hyperparameters that may be learned.
         elementwise: the step treats every element alike, so that it may be taken on concatenated parameters: quicker.
         counters: state that is 0-dim and the same for all parameters of one age.
@@ -64,30 +62,11 @@ def probe(optimizer: Optimizer, kind: Kind) -> tuple[str, ...]:
     Raises:
         ConfigError: says which of its values or derivatives is off, and by how much, or what cannot be repeated.
     """
-    name, trial, before = type(optimizer).__name__, _Trial(optimizer, kind), _attributes(optimizer)
-    refused = f"{name} cannot train a stage"
-    own = set(map(id, _params(optimizer)))
-    for key, value in _kept(optimizer).items():
-        leaves = tree_leaves(list(value) if isinstance(value, set) else value)
-        if any(isinstance(leaf, Optimizer) or id(leaf) in own for leaf in leaves):
-            raise ConfigError(
-                f"{refused}: its attribute {key!r} holds parameters or an optimizer of its own, which would be stepped "
-                "instead of the stage's copies; use an optimizer that reads its param_groups only"
-            )
-    try:
-        expected, stepper = trial.by_class()
-    except Exception as error:
-        raise ConfigError(f"{refused}: its own step() raises {type(error).__name__}: {error}") from error
-    changed = [key for key, value in _attributes(stepper).items() if value != before.get(key)]
-    if changed:
-        raise ConfigError(
-            f"{refused}: its step changes {changed[0]}, which is no state of a parameter and would not be the same "
-            "when a step is repeated; keep it in self.state[param]"
-        )
-    written, along = trial.written(stepper), torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    name, trial = type(optimizer).__name__, _Trial(optimizer, kind)
+    expected, written = _plain_steps(optimizer, trial)
     alike = "; or it does not treat every element alike: elementwise=False" if kind.elementwise else ""
     try:
-        found = trial.in_graph(along, written)
+        found, (of_weights, of_gradients) = trial.in_graph(written)
     except Exception as error:
         raise ConfigError(
             f"{name} was registered, but its differentiable step raises {type(error).__name__}: {error}; give its "
@@ -101,8 +80,7 @@ def probe(optimizer: Optimizer, kind: Kind) -> tuple[str, ...]:
                 "its step of one parameter depends on the others (a norm, a rate made of all), and a stage steps each "
                 f"by itself (clip by Stage(..., transform=...)); or step=... is not its update{alike}"
             )
-    of_weights, of_gradients, difference = trial.slopes(found[-1], along)
-    slope = of_weights + of_gradients
+    slope, difference = of_weights + of_gradients, trial.central_difference()
     if not abs(slope - difference) < max(1e-8, _CLOSE * abs(difference)):
         raise ConfigError(
             f"{name} was registered, but the derivative of its step is {slope:.6g}, and a central difference of it "
@@ -111,10 +89,34 @@ def probe(optimizer: Optimizer, kind: Kind) -> tuple[str, ...]:
         )
     if of_gradients == 0:
         raise ConfigError(
-            f"{refused}: the derivative of its step with respect to the gradient is zero (it follows signs only, or "
-            "does not step), and so would every hypergradient be; use functools.partial(torch.optim.AdamW, lr=1e-3)"
+            f"{name} cannot train a stage: the derivative of its step with respect to the gradient is zero (it follows "
+            "signs only, or does not step), and so would every hypergradient be; use torch.optim.AdamW"
         )
     return written
+
+
+def _plain_steps(optimizer: Optimizer, trial: _Trial) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Return the parameters after each of the class's own steps, and what these write into the groups."""
+    refused, own = f"{type(optimizer).__name__} cannot train a stage", set(map(id, _params(optimizer)))
+    for key, value in _kept(optimizer).items():
+        leaves = tree_leaves(list(value) if isinstance(value, set) else value)
+        if any(isinstance(leaf, Optimizer) or id(leaf) in own for leaf in leaves):
+            raise ConfigError(
+                f"{refused}: its attribute {key!r} holds parameters or an optimizer of its own, which would be stepped "
+                "instead of the stage's copies; use an optimizer that reads its param_groups only"
+            )
+    before = _attributes(optimizer)
+    try:
+        after, stepper = trial.by_class()
+    except Exception as error:
+        raise ConfigError(f"{refused}: its own step() raises {type(error).__name__}: {error}") from error
+    changed = [key for key, value in _attributes(stepper).items() if value != before.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{refused}: its step changes {changed[0]}, which is no state of a parameter and would not be the same "
+            "when a step is repeated; keep it in self.state[param]"
+        )
+    return after, trial.written(stepper)
 
 
 class _Trial:
@@ -188,8 +190,9 @@ class _Trial:
         items = [(old, k, v) for old, new in groups for k, v in new.items() if k != "params"]
         return tuple({k: None for old, k, v in items if k not in old or _dumped(old[k]) != _dumped(v)})
 
-    def in_graph(self, along: Tensor, written: Sequence[str]) -> list[Tensor]:
-        """Return the joined parameters after each differentiable step."""
+    def in_graph(self, written: Sequence[str]) -> tuple[list[Tensor], list[float]]:
+        """Return the joined parameters after each differentiable step, and the derivatives of the last along each."""
+        along = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         start, gradients, numbers, twin = self._at(along)
         names = [str(i) for i in range(len(start))]
         rule = UpdateRule(twin, dict(zip(names, _params(twin), strict=True)), written)
@@ -198,13 +201,12 @@ class _Trial:
         for of_step in gradients:
             params, state = rule.step(params, dict(zip(names, of_step, strict=True)), state, overrides)
             after.append(_joined(params.values()))
-        return after
+        return after, torch.autograd.grad(after[-1] @ self._weights + 0 * along.sum(), along)[0].tolist()
 
-    def slopes(self, found: Tensor, along: Tensor) -> tuple[float, float, float]:
-        """Return the derivatives along the weights and along the rest, and a central difference along both."""
-        ours = torch.autograd.grad(found @ self._weights + 0 * along.sum(), along)[0].tolist()
+    def central_difference(self) -> float:
+        """Return the derivative of the last of the class's own steps along both."""
         ahead, behind = (self.by_class(sign * _STEP)[0][-1] @ self._weights for sign in (1, -1))
-        return (*ours, float(ahead - behind) / (2 * _STEP))
+        return float(ahead - behind) / (2 * _STEP)
 
 
 def _unlike(params: Sequence[Tensor]) -> list[Tensor]:
