@@ -6,32 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, StackDataset
 
-Columns = Mapping[str, Any]  # name → tensor [N, ...], or a list of N values
+Columns = Mapping[str, Any]  # name → tensor [N, ...], or a sequence of N values
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-class Rows(Dataset[dict[str, Any]]):
-    """A data set of equally long named columns; a DataLoader asks it for a batch of rows at once.
+class Rows(Dataset[dict[str, Tensor]]):
+    """Tensors [N, ...] by name, of which a DataLoader takes a whole batch at once."""
 
-    Args:
-        columns: tensors, or lists that `collate` makes batches of, row by row.
-    """
-
-    def __init__(self, columns: Columns, collate: Collate | None = None) -> None:
-        self.columns, self.collate = dict(columns), collate
+    def __init__(self, columns: Columns) -> None:
+        self.columns = {name: torch.as_tensor(column) for name, column in columns.items()}
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | Tensor) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        if self.collate is not None:
-            return self.collate([self[index] for index in indices])
-        return self[torch.as_tensor(indices)]  # type: ignore[index]
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self[torch.as_tensor(indices)]
 
 
 def streams(
@@ -44,19 +39,16 @@ def streams(
     """Return a DataLoader for each stream of a `DataBundle`; `train` and `unlabelled` have each example's `index` [B].
 
     What is trained on comes in an order that torch's global generator draws anew in each epoch, without a last and
-    smaller batch if there are others; `selection` and `test` are whole and always in the same order.
+    smaller batch if there are others; `selection` and `test` are whole and always in the same order. Columns that are
+    no tensors are made batches of, row by row, by `collate`.
     """
     sizes = {"train": batch_size, "unlabelled": batch_size, "validation": validation_batch_size}
     found = {}
     for name, given in columns.items():
-        rows = Rows(given, collate)
-        if name in ("train", "unlabelled"):
-            rows.columns["index"] = range(len(rows)) if collate else torch.arange(len(rows))
+        count = len(next(iter(given.values())))
+        whole: dict[str, Any] = {**given, "index": range(count)} if name in ("train", "unlabelled") else {**given}
+        rows: Any = StackDataset(**whole) if collate else Rows(whole)
         size, shuffle = sizes.get(name, scoring_batch_size), name in sizes
-        last = shuffle and len(rows) > size
-        found[name] = DataLoader(rows, size, shuffle=shuffle, drop_last=last, collate_fn=_as_it_is)
+        last = shuffle and count > size
+        found[name] = DataLoader(rows, size, shuffle=shuffle, drop_last=last, collate_fn=collate or dict)
     return found
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

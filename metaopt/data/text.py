@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import logging
+import sys
 from collections.abc import Sequence
-from typing import Literal, get_args
-
-from transformers import PreTrainedTokenizerBase
+from typing import Literal
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts
 from metaopt.data.bundle import STREAMS, DataBundle
 from metaopt.data.rows import streams
-from metaopt.data.text_files import LABELLED, Where, read_texts, refuse_overlap, refuse_same_files
-from metaopt.data.text_tasks import Causal, Classification, SequenceToSequence, Texts, in_order
-from metaopt.data.text_tokens import (
-    CHARACTERS,
-    NO_LIMIT,
-    Lengths,
-    character_tokenizer,
-    decoder_start,
-    load_tokenizer,
-)
+from metaopt.data.text_files import read_texts
+from metaopt.data.text_tasks import TASKS, in_order, numbered
+from metaopt.data.text_tokens import CHARACTERS, Collator, load_tokenizer, special_tokens
 from metaopt.losses.decoding import scored, shown
-
-log = logging.getLogger(__name__)
-
-Task = Literal["seq2seq", "causal", "classification"]
 
 
 def text(
-    task: Task,
+    task: Literal["seq2seq", "causal", "classification"],
     train: str | Sequence[str],
     validation: str | Sequence[str],
     selection: str | Sequence[str],
@@ -72,97 +58,58 @@ def text(
         name, subset: of a data set on the Hugging Face hub; None for files.
         input, target, source: columns; sources keep the names that they have there.
         tokenizer: a folder or hub name, or `characters`, made from the training data.
-        decoder_start_token_id: of sequence-to-sequence models; None takes that of the model that lies beside the
-            tokenizer, or the token that begins a text.
+        decoder_start_token_id: None takes that of the model beside the tokenizer, or the token that begins a text.
         separator: between input and target of a causal model.
         max_length, max_target_length: tokens of inputs and targets; longer ones are cut, and a message says how many.
             None keeps them whole, as far as the tokenizer's model can read.
-        batch_size, validation_batch_size: of what models are trained on, and of what A is trained on.
         selection_metric: None is `exact_match`, `token_accuracy` (texts without target) or `accuracy`.
         allow_overlap: accept inputs that are in two of the labelled streams.
-        cache_dir: where `datasets` keeps its copies; None for its own place.
 
     Raises:
         ConfigError: an unknown task, a missing file, column or value, an empty stream, two streams that overlap.
     """
-    if task not in get_args(Task):
-        raise ConfigError(f"text: no task {task!r}{did_you_mean(task, get_args(Task))}")
-    check_counts("text", batch_size=batch_size, validation_batch_size=validation_batch_size)
+    _refuse_contradictions(task, target, name, subset)
     limits = {"max_length": max_length, "max_target_length": max_target_length}
+    check_counts("text", batch_size=batch_size, validation_batch_size=validation_batch_size)
     check_counts("text", **{option: limit for option, limit in limits.items() if limit is not None})
-    if target is None and task != "causal":
-        raise ConfigError(f"text: task={task!r} needs a target column; only causal models learn from inputs alone")
-    if subset is not None and name is None:
-        raise ConfigError(f"text: subset={subset!r} is one of a hub data set; give its name, too")
-    places = _places(train, unlabelled, validation, selection, test)
-    refuse_same_files(places, are_files=name is None)
 
-    texts = {
-        stream: read_texts(
-            f"{stream} = {where}" + (f" of {name!r}" if name else ""),
-            where,
-            _columns(stream, input, target, source),
-            {"path": name, "name": subset, "cache_dir": cache_dir},
-        )
-        for stream, where in places.items()
-    }
-    if not allow_overlap:
-        refuse_overlap({stream: texts[stream]["input"] for stream in LABELLED})
-    coder = load_tokenizer(tokenizer) if tokenizer != CHARACTERS else _characters(texts, separator * (task == "causal"))
-    if max_length is None and coder.model_max_length < NO_LIMIT:
-        limits["max_length"] = coder.model_max_length
-    inputs, targets = (Lengths(coder, option, limit) for option, limit in limits.items())
-    if task == "seq2seq":
-        start = decoder_start(coder, tokenizer, decoder_start_token_id)
-        made = SequenceToSequence(texts, inputs, targets, start)
-    elif task == "causal":
-        made = Causal(texts, inputs, targets, separator)
-    else:
-        made = Classification(texts, inputs, targets)
-    cut = [f"cut to {x.option}={x.limit} tokens: {', '.join(x.cut)}" for x in (inputs, targets) if x.cut]
-    if cut:
-        log.warning("text: %s; raise the limit (data.max_length=...) to keep them whole", "; ".join(cut))
+    wheres = dict(zip(STREAMS, (train, unlabelled, validation, selection, test), strict=True))
+    columns = {"input": input, "target": target, "source": source}
+    texts = read_texts(wheres, columns, {"path": name, "name": subset, "cache_dir": cache_dir}, allow_overlap)
+    if task == "causal" and target is not None:
+        for read in texts.values():
+            read["input"] = [text + separator for text in read["input"]]
+    coder = load_tokenizer(tokenizer, texts)
+    special = special_tokens(coder, task, decoder_start_token_id)
+    limits = {"max_length": max_length or coder.model_max_length, "max_target_length": max_target_length or sys.maxsize}
+    made = TASKS[task](texts, coder, limits, special)
+    metrics = made.metrics if target is not None else ("token_accuracy",)
+    if selection_metric not in (None, *metrics):
+        raise ConfigError(f"text: no metric {selection_metric!r}{did_you_mean(selection_metric, metrics)}")
+
+    sizes = {stream: len(read["input"]) for stream, read in texts.items()}
+    facts = {**made.facts, "num_examples": sizes["train"]}
     sources = in_order(texts["train"].get("source", ()))
     if sources:
-        number = {name: i for i, name in enumerate(sources)}
-        made.columns["train"]["source"] = [number[name] for name in texts["train"]["source"]]
-        made.facts["num_sources"] = len(sources)
-    if selection_metric not in (None, *made.metrics):
-        raise ConfigError(f"text: no metric {selection_metric!r}{did_you_mean(selection_metric, made.metrics)}")
-    facts = {**made.facts, "num_examples": len(texts["train"]["input"])}
+        made.columns["train"]["source"] = numbered(texts["train"]["source"], sources, "train")
+        facts["num_sources"] = len(sources)
+    collate = Collator(coder, special["bos_token_id"] if task == "seq2seq" else None)
     return DataBundle(
-        **streams(made.columns, batch_size, validation_batch_size, validation_batch_size, made.collate),
-        sizes={stream: len(found["input"]) for stream, found in texts.items()},
+        **streams(made.columns, batch_size, validation_batch_size, validation_batch_size, collate),
+        sizes=sizes,
         facts={name: fact for name, fact in facts.items() if fact is not None},
         tokenizer=coder,
         source_names=tuple(sources),
         score=functools.partial(scored, made.measure),
-        selection_metric=selection_metric or made.metrics[0],
-        answers=functools.partial(shown, made.read) if made.has_answers else None,
+        selection_metric=selection_metric or metrics[0],
+        answers=functools.partial(shown, made.read) if target is not None else None,
     )
 
 
-def _places(*wheres: Where | None) -> dict[str, Where]:
-    places = {stream: where for stream, where in zip(STREAMS, wheres, strict=True) if where}
-    for stream in LABELLED:
-        if stream not in places:
-            raise ConfigError(
-                f"text: there is no {stream} stream: give {stream}=... (a file, or a split of the hub data set); no "
-                "other can stand in for it"
-            )
-    return places
-
-
-def _columns(stream: str, input: str, target: str | None, source: str | None) -> dict[str, str]:
-    columns = {"input": input}
-    if target is not None and stream != "unlabelled":
-        columns["target"] = target
-    if source is not None and stream == "train":
-        columns["source"] = source
-    return columns
-
-
-def _characters(texts: Texts, separator: str) -> PreTrainedTokenizerBase:
-    read = texts["train"], texts.get("unlabelled", {})
-    seen = [columns.get(role, ()) for columns in read for role in ("input", "target")]
-    return character_tokenizer(itertools.chain(*seen, separator if "target" in texts["train"] else ""))
+def _refuse_contradictions(task: str, target: str | None, name: str | None, subset: str | None) -> None:
+    if task not in TASKS:
+        raise ConfigError(f"text: no task {task!r}{did_you_mean(task, TASKS)}")
+    if target is None and task != "causal":
+        raise ConfigError(f"text: task={task!r} needs a target column; only causal models learn from inputs alone")
+    if subset is not None and name is None:
+        raise ConfigError(f"text: subset={subset!r} is one of a hub data set; give its name, too")

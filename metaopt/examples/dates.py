@@ -6,9 +6,13 @@ import datetime
 import functools
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from babel import Locale, UnknownLocaleError
+from babel.dates import format_date
+from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -16,13 +20,21 @@ from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts, check_fraction
 from metaopt.data.bundle import DataBundle
 from metaopt.data.rows import streams
-from metaopt.examples.date_text import FORMATS, TARGET_LENGTH, Language, Written, is_telling, iso
+from metaopt.data.text_tokens import decoding, word_tokenizer
 from metaopt.losses.decoding import sequence_answers, sequence_score, shown
 
 CORRUPTIONS = ("sources", "random", "none")
 LOCALES = ("en_US", "en_GB", "de", "fr", "es", "it", "nl", "sv")
+FORMATS = ("short", "medium", "long", "full")
 SHARES = {"train": 0.45, "unlabelled": 0.3, "validation": 0.1, "selection": 0.05, "test": 0.1}  # of the calendar
 SCORING_BATCH_SIZE = 256
+TARGET_LENGTH = 5  # tokens of an ISO date: century, year, -month, -day, end
+MAX_YEARS = 100  # two digits tell that many years apart
+
+# A locale's tag, month and day of an ISO date with their hyphen, two digits or one, a word, any other sign.
+TOKENS = r"<\w+>|(?<=\d{4})-\d{2}|(?<=\d{4}-\d{2})-\d{2}|\d{2}|\d|[^\W\d]+|[^\w\s]"
+NORMALIZER = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+SPLITTER = pre_tokenizers.Split(Regex(TOKENS), behavior="removed", invert=True)
 
 
 def dates(
@@ -57,11 +69,8 @@ def dates(
     - `none`: all answers are right.
 
     Args:
-        corruption: `sources`, `random` or `none`.
         noise: fraction of wrong answers, from 0 to 1, for `random` only; None is 0.4.
-        num_sources, num_bad_sources: of the training data, and how many of them swap, for `sources` only; None is 5.
-        num_train, num_unlabelled, num_validation, num_selection, num_test: examples of each stream.
-        batch_size, validation_batch_size: of what models learn from, and of what the meta-parameters learn from.
+        num_bad_sources: how many of the sources swap, for `sources` only; None is 5.
         locales, formats: of babel; formats are `short`, `medium`, `long`, `full`.
         first_year, last_year: of the calendar, 100 years at most (some formats write only the last two digits).
         seed: of all that is drawn here, which sources are bad included.
@@ -73,37 +82,33 @@ def dates(
     sizes = dict(zip(SHARES, counts, strict=True))
     check_counts("dates", **{f"num_{name}": size for name, size in sizes.items()})
     check_counts("dates", batch_size=batch_size, validation_batch_size=validation_batch_size, num_sources=num_sources)
-    num_bad, share = _amounts(corruption, noise, num_sources, num_bad_sources)
+    if corruption not in CORRUPTIONS:
+        raise ConfigError(f"dates: no corruption {corruption!r}{did_you_mean(corruption, CORRUPTIONS)}")
+    for name, value, belongs_to in (("noise", noise, "random"), ("num_bad_sources", num_bad_sources, "sources")):
+        if value is not None and corruption != belongs_to:
+            raise ConfigError(f"dates: {name}={value!r} is for corruption={belongs_to!r}; here it is {corruption!r}")
+
     language = Language(locales, formats, first_year, last_year)
     rng = random.Random(seed)
-    pools = _split(language.calendar, rng, telling=corruption == "sources")
-    written = {name: language.draw(pools[name], size, rng) for name, size in sizes.items()}
+    days = _split(language.calendar, rng, telling=corruption == "sources")
+    written = {name: language.draw(days[name], size, rng) for name, size in sizes.items()}
     answers = {name: [iso(example.date) for example in written[name]] for name in SHARES if name != "unlabelled"}
-    right, source = answers["train"], torch.arange(num_train) % num_sources
-    good_sources = None
+    source = torch.arange(num_train) % num_sources
+    right, good_sources = answers["train"], None
     if corruption == "sources":
-        good_sources = torch.ones(num_sources, dtype=torch.bool)
-        good_sources[rng.sample(range(num_sources), num_bad)] = False
-        swap = (~good_sources)[source].tolist()
-        answers["train"] = [iso(example.date, swap[i]) for i, example in enumerate(written["train"])]
-    else:
-        answers["train"] = _wrong_answers(right, share, rng)
+        good_sources = _good_sources(num_sources, 5 if num_bad_sources is None else num_bad_sources, rng)
+        is_swapped = (~good_sources)[source].tolist()
+        answers["train"] = [iso(example.date, swap) for example, swap in zip(written["train"], is_swapped, strict=True)]
+    elif corruption == "random":
+        answers["train"] = _wrong_answers(right, 0.4 if noise is None else noise, rng)
+
     tokenizer = language.tokenizer()
-    columns = {name: _columns(language, tokenizer, written[name], answers.get(name)) for name in SHARES}
+    columns = {name: _columns(tokenizer, language.max_length, written[name], answers.get(name)) for name in SHARES}
     columns["train"]["source"] = source
-    as_written = {
-        tuple(ids): str(example)
-        for name, examples in written.items()
-        for ids, example in zip(columns[name]["input_ids"].tolist(), examples, strict=True)
-    }
-    tokens = {name: int(getattr(tokenizer, f"{name}_token_id")) for name in ("pad", "bos", "eos")}
-    decoding = {**tokens, "max_length": TARGET_LENGTH}
-    facts = {f"{name}_token_id": token for name, token in tokens.items()}
+    facts = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     facts |= {"vocab_size": len(tokenizer), "max_length": language.max_length, "max_target_length": TARGET_LENGTH}
-    read = (
-        lambda rows: [as_written[tuple(row)] for row in rows.tolist()],
-        lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
-    )
+    read_answers = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+    read = functools.partial(sequence_answers, _reader(columns, written), read_answers, decoding(facts))
     return DataBundle(
         **streams(columns, batch_size, validation_batch_size, SCORING_BATCH_SIZE),
         sizes=sizes,
@@ -112,31 +117,102 @@ def dates(
         source_names=tuple(f"source {i + 1}" for i in range(num_sources)),
         good_sources=good_sources,
         is_clean=torch.tensor([given == date for given, date in zip(answers["train"], right, strict=True)]),
-        score=functools.partial(sequence_score, **decoding),
+        score=functools.partial(sequence_score, **decoding(facts)),
         selection_metric="exact_match",
-        answers=functools.partial(shown, functools.partial(sequence_answers, *read, decoding)),
+        answers=functools.partial(shown, read),
     )
 
 
-def _amounts(corruption: str, noise: float | None, num_sources: int, num_bad: int | None) -> tuple[int, float]:
-    """Return the number of bad sources, and the fraction of wrong answers."""
-    if corruption not in CORRUPTIONS:
-        raise ConfigError(f"dates: no corruption {corruption!r}{did_you_mean(corruption, CORRUPTIONS)}")
-    for name, value, belongs_to in (("noise", noise, "random"), ("num_bad_sources", num_bad, "sources")):
-        if value is not None and corruption != belongs_to:
-            raise ConfigError(f"dates: {name}={value!r} is for corruption={belongs_to!r}; here it is {corruption!r}")
-    if corruption == "sources":
-        num_bad = 5 if num_bad is None else num_bad
-        if isinstance(num_bad, bool) or not isinstance(num_bad, int) or not 0 <= num_bad <= num_sources:
-            raise ConfigError(f"dates: num_bad_sources={num_bad!r} must lie between 0 and num_sources={num_sources}")
-        return num_bad, 0.0
-    noise = {"none": 0.0, "random": 0.4 if noise is None else noise}[corruption]
-    check_fraction("dates", noise=noise)
-    return 0, noise
+class Written(NamedTuple):
+    """A date, and how somebody wrote it."""
+
+    date: datetime.date
+    locale: str
+    text: str
+
+    @property
+    def model_input(self) -> str:
+        """The text after the tag of its locale."""
+        return f"<{self.locale}> {self.text}"
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.locale})"
+
+
+def iso(date: datetime.date, swap: bool = False) -> str:
+    """Return `2021-03-05`, or with day and month swapped `2021-05-03`."""
+    first, second = (date.day, date.month) if swap else (date.month, date.day)
+    return f"{date.year:04d}-{first:02d}-{second:02d}"
+
+
+def is_telling(date: datetime.date) -> bool:
+    """Return whether swapping day and month makes another date that is as possible as this one."""
+    return date.day <= 12 and date.day != date.month
+
+
+class Language:
+    """The ways in which dates of the years from the first to the last are written, by babel's locales and formats.
+
+    Raises:
+        ConfigError: an unknown locale or format, or years that two digits cannot tell apart.
+    """
+
+    def __init__(self, locales: Sequence[str], formats: Sequence[str], first_year: int, last_year: int) -> None:
+        for name, given in (("locales", locales), ("formats", formats)):
+            if isinstance(given, str) or not given:
+                raise ConfigError(f"dates: {name}={given!r} must be a list with at least one entry")
+        for form in formats:
+            if form not in FORMATS:
+                raise ConfigError(f"dates: formats: no format {form!r}{did_you_mean(form, FORMATS)}")
+        for locale in locales:
+            try:
+                Locale.parse(locale)
+            except (UnknownLocaleError, ValueError, TypeError) as error:
+                raise ConfigError(f"dates: locales: babel has no locale {locale!r}; write 'en_GB' or 'de'") from error
+        if not (1000 <= first_year <= last_year <= 9999 and last_year - first_year < MAX_YEARS):
+            raise ConfigError(
+                f"dates: first_year={first_year}, last_year={last_year}: give years in order from 1000 to 9999, and "
+                f"{MAX_YEARS} at most, since some formats write only the last two digits"
+            )
+        self.locales, self.formats = tuple(locales), tuple(formats)
+        first, end = datetime.date(first_year, 1, 1), datetime.date(last_year, 12, 31)
+        self.calendar = [first + datetime.timedelta(days=n) for n in range((end - first).days + 1)]
+        # every month and weekday: all words that can occur, and the longest inputs
+        days = [datetime.date(2001, month, day) for month in range(1, 13) for day in range(8, 15)]
+        every = itertools.product(days, self.locales, self.formats)
+        samples = [_tokens(self.write(*sample).model_input) for sample in every]
+        self.words, self.max_length = set(itertools.chain(*samples)), max(map(len, samples))
+
+    def write(self, date: datetime.date, locale: str, form: str) -> Written:
+        """Return the date in one locale and format."""
+        return Written(date, locale, format_date(date, form, locale=locale))
+
+    def draw(self, dates: Sequence[datetime.date], count: int, rng: random.Random) -> list[Written]:
+        """Return `count` of these dates, each in a locale and a format drawn at random."""
+        drawn = rng.choices(dates, k=count)
+        return [self.write(date, rng.choice(self.locales), rng.choice(self.formats)) for date in drawn]
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Return the tokenizer of all that can be written here; it depends on locales and formats only."""
+        digits = [str(n) for n in range(10)] + [f"{n:02d}" for n in range(100)] + [f"-{n:02d}" for n in range(1, 32)]
+        return word_tokenizer([*digits, *sorted(self.words.difference(digits))], SPLITTER, NORMALIZER)
+
+
+def _tokens(text: str) -> list[str]:
+    return [token for token, _ in SPLITTER.pre_tokenize_str(NORMALIZER.normalize_str(text))]
+
+
+def _good_sources(num_sources: int, num_bad: int, rng: random.Random) -> Tensor:
+    if num_bad not in range(num_sources + 1):
+        raise ConfigError(f"dates: num_bad_sources={num_bad!r} must lie between 0 and num_sources={num_sources}")
+    good = torch.ones(num_sources, dtype=torch.bool)
+    good[rng.sample(range(num_sources), num_bad)] = False
+    return good
 
 
 def _wrong_answers(right: Sequence[str], noise: float, rng: random.Random) -> list[str]:
     """Return the answers, a fraction `noise` of them another one's date."""
+    check_fraction("dates", noise=noise)
     texts, days = list(right), sorted(set(right))
     if noise and len(days) < 2:
         raise ConfigError("dates: there is only one training date, so there is no wrong one to answer; raise num_train")
@@ -157,14 +233,26 @@ def _split(days: Sequence[datetime.date], rng: random.Random, telling: bool) -> 
 
 
 def _columns(
-    language: Language, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Written], answers: list[str] | None
+    tokenizer: PreTrainedTokenizerFast, max_length: int, examples: Sequence[Written], answers: list[str] | None
 ) -> dict[str, Tensor]:
     """Return inputs [N, L], and `labels` [N, 5] with the end token, `decoder_input_ids` [N, 5] with the begin token."""
     texts = [example.model_input for example in examples]
-    encoded = tokenizer(texts, padding="max_length", max_length=language.max_length, return_tensors="pt")
+    encoded = tokenizer(texts, padding="max_length", max_length=max_length, return_tensors="pt")
     columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
     if answers is not None:
         ids = tokenizer(answers)["input_ids"]
         whole = torch.tensor([[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in ids])
         columns |= {"labels": whole[:, 1:].contiguous(), "decoder_input_ids": whole[:, :-1].contiguous()}
     return columns
+
+
+def _reader(
+    columns: Mapping[str, Mapping[str, Tensor]], written: Mapping[str, Sequence[Written]]
+) -> Callable[[Tensor], list[str]]:
+    """Return what tells inputs as they were written, which their tokens do not."""
+    texts = {
+        tuple(ids): str(example)
+        for name, examples in written.items()
+        for ids, example in zip(columns[name]["input_ids"].tolist(), examples, strict=True)
+    }
+    return lambda rows: [texts[tuple(row)] for row in rows.tolist()]

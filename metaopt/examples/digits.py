@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts, check_fraction
-from metaopt.data.bundle import DataBundle
+from metaopt.data.bundle import STREAMS, DataBundle
 from metaopt.data.rows import streams
 from metaopt.losses.decoding import accuracy_score
 
@@ -38,25 +39,31 @@ def digits(
 
     Args:
         noise: fraction of the training images with a wrong label, from 0 to 1.
-        num_train, num_unlabelled, num_validation, num_selection, num_test: images of each stream, 1797 at most in all.
+        num_train, …, num_test: images of each stream, 1797 at most in all.
         batch_size, validation_batch_size: of what models are trained on, and of what trains the meta-parameters.
         seed: of the split and of the wrong labels.
 
     Raises:
         ConfigError: an argument is out of range.
     """
-    sizes = {
-        "train": num_train,
-        "unlabelled": num_unlabelled,
-        "validation": num_validation,
-        "selection": num_selection,
-        "test": num_test,
-    }
+    counts = num_train, num_unlabelled, num_validation, num_selection, num_test
+    sizes = dict(zip(STREAMS, counts, strict=True))
     check_fraction("digits", noise=noise)
     check_counts("digits", batch_size=batch_size, validation_batch_size=validation_batch_size)
+    check_counts("digits", **{f"num_{name}": size for name, size in sizes.items()})
+    pixels, targets = load_digits(return_X_y=True)
+    total = sum(counts)
+    if total > len(targets):
+        raise ConfigError(f"digits: the sizes sum to {total}, and there are {len(targets)} images; ask for fewer")
     generator = torch.Generator().manual_seed(seed)
-    columns = _split(sizes, generator)
-    columns["train"]["labels"], is_clean = _corrupted(columns["train"]["labels"], noise, generator)
+    inputs, labels = torch.as_tensor(pixels, dtype=torch.float32) / 16, torch.as_tensor(targets, dtype=torch.int64)
+    parts = torch.randperm(len(targets), generator=generator)[:total].split(counts)
+    columns = {name: {"inputs": inputs[i], "labels": labels[i]} for name, i in zip(STREAMS, parts, strict=True)}
+    train, is_clean = columns["train"], torch.ones(num_train, dtype=torch.bool)
+    wrong = torch.randperm(num_train, generator=generator)[: round(noise * num_train)]
+    shift = torch.randint(1, NUM_LABELS, (len(wrong),), generator=generator)
+    train["labels"][wrong] = (train["labels"][wrong] + shift) % NUM_LABELS
+    is_clean[wrong] = False
     del columns["unlabelled"]["labels"]
     return DataBundle(
         **streams(columns, batch_size, validation_batch_size, max(num_selection, num_test)),
@@ -65,50 +72,22 @@ def digits(
         is_clean=is_clean,
         score=accuracy_score,
         selection_metric="accuracy",
-        picture=functools.partial(_mosaic, columns["train"]["inputs"], columns["train"]["labels"], is_clean),
+        picture=functools.partial(_mosaic, train["inputs"], train["labels"], is_clean),
     )
-
-
-def _split(sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-    """Return each stream's inputs and true labels; no image is in two of them."""
-    check_counts("digits", **{f"num_{name}": size for name, size in sizes.items()})
-    pixels, targets = load_digits(return_X_y=True)
-    total = sum(sizes.values())
-    if total > len(targets):
-        raise ConfigError(
-            f"digits: {', '.join(f'num_{name}' for name in sizes)} sum to {total}, and there are {len(targets)} "
-            "images; ask for fewer"
-        )
-    parts = torch.randperm(len(targets), generator=generator)[:total].split(list(sizes.values()))
-    inputs, labels = torch.as_tensor(pixels, dtype=torch.float32) / 16, torch.as_tensor(targets, dtype=torch.int64)
-    return {name: {"inputs": inputs[rows], "labels": labels[rows]} for name, rows in zip(sizes, parts, strict=True)}
-
-
-def _corrupted(labels: Tensor, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the labels with a fraction `noise` of them wrong, and which ones are still right."""
-    wrong = torch.randperm(len(labels), generator=generator)[: round(noise * len(labels))]
-    shift = torch.randint(1, NUM_LABELS, (len(wrong),), generator=generator)
-    labels, is_clean = labels.clone(), torch.ones(len(labels), dtype=torch.bool)
-    labels[wrong] = (labels[wrong] + shift) % NUM_LABELS
-    is_clean[wrong] = False
-    return labels, is_clean
 
 
 def _mosaic(inputs: Tensor, labels: Tensor, is_clean: Tensor, indices: Sequence[int], path: Path, title: str) -> None:
     """Draw training images with the label that each carries above it, in red where that label is wrong."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    num_columns = 10
-    num_rows = max(1, -(-len(indices) // num_columns))
-    figure = Figure(figsize=(num_columns, 1.35 * num_rows + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    num_rows = max(1, math.ceil(len(indices) / 10))
+    figure = Figure(figsize=(10, 1.35 * num_rows + 0.5), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    axes = figure.subplots(num_rows, 10, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
     for axis, index in zip(axes, indices, strict=False):
-        colour = "black" if bool(is_clean[index]) else "firebrick"
+        colour = "black" if is_clean[index] else "firebrick"
         axis.imshow(inputs[index].view(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(f"“{int(labels[index])}”", color=colour, fontsize=11)
     figure.savefig(path, dpi=120)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts, check_fraction
 from metaopt.data.bundle import DataBundle
 from metaopt.data.rows import streams
+from metaopt.data.text_tokens import decoding
 from metaopt.losses.decoding import sequence_answers, sequence_score, shown
 
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -59,28 +61,24 @@ def number_words(
         raise ConfigError(f"number_words: {total} examples in all; there are only {10**DIGITS} numbers")
     rng = random.Random(seed)
     drawn = iter(rng.sample(range(10**DIGITS), total))
-    numbers = {name: [next(drawn) for _ in range(size)] for name, size in sizes.items()}
-    answers = {**numbers, "train": _corrupted(numbers["train"], noise, rng)}
-    columns = {name: _inputs(found) | _targets(answers[name]) for name, found in numbers.items()}
-    columns["unlabelled"] = _inputs(numbers["train"])
-    decoding = {"bos": BOS, "eos": EOS, "pad": PAD, "max_length": DIGITS + 1}
+    numbers = {name: list(itertools.islice(drawn, size)) for name, size in sizes.items()}
+    right, given = numbers["train"], list(numbers["train"])
+    for i in rng.sample(range(num_train), round(noise * num_train)):
+        given[i] = (given[i] + rng.randrange(1, 10**DIGITS)) % 10**DIGITS
+    columns = {name: _inputs(found) | _targets(found) for name, found in numbers.items()}
+    columns |= {"train": _inputs(right) | _targets(given), "unlabelled": _inputs(right)}
     facts = {"vocab_size": len(TOKENS), "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    facts |= {"max_length": WORDS, "max_target_length": DIGITS + 1, "num_examples": num_train}
+    read = functools.partial(sequence_answers, _read(" "), _read(""), decoding(facts))
     return DataBundle(
         **streams(columns, batch_size, validation_batch_size, 500),
         sizes={**sizes, "unlabelled": num_train},
-        facts={**facts, "max_length": WORDS, "max_target_length": DIGITS + 1, "num_examples": num_train},
-        is_clean=torch.tensor([a == b for a, b in zip(numbers["train"], answers["train"], strict=True)]),
-        score=functools.partial(sequence_score, **decoding),
+        facts=facts,
+        is_clean=torch.tensor([a == b for a, b in zip(right, given, strict=True)]),
+        score=functools.partial(sequence_score, **decoding(facts)),
         selection_metric="token_accuracy",
-        answers=functools.partial(shown, functools.partial(sequence_answers, _words, _digits, decoding)),
+        answers=functools.partial(shown, read),
     )
-
-
-def _corrupted(numbers: Sequence[int], noise: float, rng: random.Random) -> list[int]:
-    answers = list(numbers)
-    for i in rng.sample(range(len(answers)), round(noise * len(answers))):
-        answers[i] = (answers[i] + rng.randrange(1, 10**DIGITS)) % 10**DIGITS
-    return answers
 
 
 def _inputs(numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -95,9 +93,5 @@ def _targets(numbers: Sequence[int]) -> dict[str, Tensor]:
     return {"labels": whole[:, 1:].contiguous(), "decoder_input_ids": whole[:, :-1].contiguous()}
 
 
-def _words(rows: Tensor) -> list[str]:
-    return [" ".join(TOKENS[token] for token in row if token > EOS) for row in rows.tolist()]
-
-
-def _digits(rows: Tensor) -> list[str]:
-    return ["".join(TOKENS[token] for token in row if token > EOS) for row in rows.tolist()]
+def _read(between: str) -> Callable[[Tensor], list[str]]:
+    return lambda rows: [between.join(TOKENS[token] for token in row if token > EOS) for row in rows.tolist()]

@@ -1,11 +1,9 @@
 """A pipeline from a forum: M1 trained with losses scaled by A, M2 on what M1 makes, A by M2's validation loss.
 
 Its author asked how to multiply `dL3/dW · d²L2/dW dWo · d²L1/dWo dA`, met shapes that do not fit, a `no_grad` update
-that cut the graph and an `argmax`, and ended with a finite difference. Here the same tensors and loss expressions
-are a chain of two stages, and one backward gives the gradient.
-
-What had to be changed: the attention masks are ones (all zeros mask every position); dropout is off (the author's
-models were in eval mode); the models are small and from a config (no download), unless `model=` says otherwise.
+that cut the graph and an `argmax`, and ended with a finite difference. Here the same tensors and losses are a chain of
+two stages, and one backward gives the gradient. Changed: the attention masks are ones (all zeros mask every position),
+dropout is off (the author's models were in eval mode), and the models are small and not downloaded.
 """
 
 from __future__ import annotations
@@ -35,9 +33,10 @@ def data() -> DataBundle:
         "decoder_attention_mask": ones,
         "index": torch.arange(2),
     }
-    facts = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_length": 8}
+    facts = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    facts |= {"max_length": 8, "max_target_length": 8, "num_examples": 2}
     streams: dict[str, Any] = {name: [batch] for name in STREAMS}
-    return DataBundle(**streams, facts={**facts, "max_target_length": 8, "num_examples": 2})
+    return DataBundle(**streams, facts=facts)
 
 
 def score(logits: Tensor, target: Tensor) -> Tensor:
@@ -51,10 +50,7 @@ def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class GlobalScale(MetaParameters):
-    """A as the author has it: `A = rand(2)`, and the whole loss is multiplied by each entry and summed.
-
-    Every entry scales the same loss, so all entries of its hypergradient agree: together they are one number.
-    """
+    """A as the author has it, `rand(2)`: every entry scales the whole loss, so that all its hypergradients agree."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,11 +80,8 @@ class Step1(InnerLoss):
 
 
 class Step2(FromUpstream):
-    """M2's loss: it is fed M1's last decoder hidden states, and its target is M1's argmax.
-
-    The argmax carries no gradient; here it only shifts the loss by a constant, so nothing is lost. The path to A runs
-    through the hidden states.
-    """
+    """M2's loss: it is fed M1's last decoder hidden states, the path to A; its target is M1's argmax, which carries no
+    gradient and only shifts the loss by a constant."""
 
     def __call__(
         self, model: FunctionalModel, batch: Any, meta_params: AnyMetaParameters, upstream: Upstream

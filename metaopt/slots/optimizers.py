@@ -55,17 +55,11 @@ class Muon(_InGraph):
     """`B' = μB + g`, `θ' = (1 − ηλ)θ − η·s·NS(g + μB')` for matrices, with NS the Newton–Schulz iteration; AdamW else.
 
     The formulas and options are those of `torch.optim.Muon` (Jordan et al., 2024), but NS runs in the weights' own
-    dtype, where torch's runs in bfloat16 under `no_grad`, and the step may stay in the graph.
+    dtype, where torch's runs in bfloat16 under `no_grad`, and `differentiable` keeps the step in the graph.
 
-    Args:
-        params: parameters or groups; one with `use_muon=False` (embeddings, the last layer) is AdamW's altogether.
-        lr, weight_decay: η and λ, decoupled; of matrices and of the rest.
-        momentum, nesterov: μ, and whether NS sees `g + μB'` or `B'`.
-        ns_coefficients, ns_steps, eps: of the Newton–Schulz iteration.
-        adjust_lr_fn: s is `original`: √max(1, rows/columns), or `match_rms_adamw`: 0.2·√max(rows, columns).
-        use_muon: of matrices.
-        adamw_betas, adamw_eps: of the rest.
-        differentiable: keep the step in the graph, as torch's optimizers do.
+    η and λ are `lr` and `weight_decay`, μ `momentum`; without `nesterov`, NS sees B'. `adjust_lr_fn` makes s
+    √max(1, rows/columns) (`original`) or 0.2·√max(rows, columns) (`match_rms_adamw`). A group with `use_muon=False`
+    (embeddings, the last layer) is AdamW's altogether; `adamw_betas` and `adamw_eps` are AdamW's.
 
     Raises:
         ConfigError: an unknown `adjust_lr_fn`, or a negative number.
@@ -101,8 +95,7 @@ class Muon(_InGraph):
 
 def _muon(gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
     momentum, (rows, columns) = group["momentum"], gradient.shape
-    buffer = state.get("momentum_buffer", torch.zeros_like(gradient)) * momentum + gradient
-    state["momentum_buffer"] = buffer
+    state["momentum_buffer"] = buffer = state.get("momentum_buffer", torch.zeros_like(gradient)) * momentum + gradient
     by_rms = group["adjust_lr_fn"] == "match_rms_adamw"
     scale = 0.2 * math.sqrt(max(rows, columns)) if by_rms else math.sqrt(max(1, rows / columns))
     return _orthogonalised(gradient + buffer * momentum if group["nesterov"] else buffer, group) * scale
@@ -133,20 +126,11 @@ class Adafactor(_InGraph):
     """`θ' = (1 − λα)θ − α·û/max(1, rms(û)/d)` with `û = g/√v̂` (Shazeer and Stern, 2018, arXiv:1804.04235).
 
     Of a matrix's second moment v̂ it keeps the row and column means. The formulas, options and state are those of
-    `transformers.Adafactor`; the step may stay in the graph.
+    `transformers.Adafactor`; `differentiable` keeps the step in the graph.
 
-    Args:
-        params: parameters or groups.
-        lr: the rate; None with `relative_step`.
-        eps: added to g², and the least scale of a parameter.
-        clip_threshold: d.
-        decay_rate: the second moment's decay of step t is `1 − t^decay_rate`.
-        beta1: of a mean of the updates; None for none.
-        weight_decay: λ.
-        scale_parameter: `α = lr · max(eps[1], rms(θ))` instead of lr.
-        relative_step: `lr = min(1e-2, 1/√t)`.
-        warmup_init: `lr = min(1e-6 t, 1/√t)`, of `relative_step`.
-        differentiable: keep the step in the graph, as torch's optimizers do.
+    `clip_threshold` is d, and v̂ decays by `1 − t^decay_rate`. α is `lr`, `min(1e-2, 1/√t)` with `relative_step`,
+    `min(1e-6 t, 1/√t)` with `warmup_init`, too; `scale_parameter` multiplies it by `max(eps[1], rms(θ))`. `eps[0]` is
+    added to g²; `beta1` averages the updates.
 
     Raises:
         ConfigError: a rate with `relative_step`, none without, or `warmup_init` without `relative_step`.
@@ -182,9 +166,8 @@ class Adafactor(_InGraph):
             rate = rate * _rms(param).clamp(min=group["eps"][1])
         update = gradient * _inverse_root(gradient.square() + group["eps"][0], 1 - age ** group["decay_rate"], state)
         update = update / (_rms(update) / group["clip_threshold"]).clamp(min=1.0) * rate
-        beta1 = group["beta1"]
-        if beta1 is not None:
-            update = _averaged(state, "exp_avg", update, beta1)
+        if group["beta1"] is not None:
+            update = _averaged(state, "exp_avg", update, group["beta1"])
         return param * (1 - rate * group["weight_decay"]) - update
 
 

@@ -19,11 +19,7 @@ from metaopt.optimizers.flattened import Tensors
 class ClipNorm:
     """Scale all gradients of a step so that their joint norm is at most `max_norm`; differentiated through.
 
-    `g ← g · min(1, max_norm / (‖g‖ + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`.
-
-    Args:
-        max_norm: above 0.
-        norm_type: p of the p-norm; `inf` for the largest entry.
+    `g ← g · min(1, max_norm / (‖g‖ + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`; `norm_type` inf: the largest entry.
     """
 
     max_norm: float
@@ -73,12 +69,11 @@ def grouped(
 
     Args:
         params: the trained parameters, as a stage hands them over (with their names).
-        optimizer: parameter groups → optimizer.
         no_decay: patterns (`*.bias`, `encoder.*`) of the parameters whose weight decay is 0.
         groups: `{"names": patterns, option: value, …}`; a parameter belongs to the first one that names it.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or parameters that come without names.
+        ConfigError: a pattern that matches nothing, an unknown option, or parameters that come without names.
     """
     names = getattr(params, "names", None)
     if names is None:
@@ -87,14 +82,13 @@ def grouped(
             "functools.partial(metaopt.grouped, optimizer=..., no_decay=[...]), ...)"
         )
     undecayed = matching("grouped: no_decay", no_decay, names, "trained parameter")
+    group_of: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        for name in matching(f"grouped: groups[{i}].names", group.get("names", ()), names, "trained parameter"):
+            group_of.setdefault(name, i)
     members: dict[tuple[int, bool], list[Any]] = {}
-    chosen = [
-        matching(f"grouped: groups[{i}].names", group.get("names", ()), names, "trained parameter")
-        for i, group in enumerate(groups)
-    ]
     for name, param in zip(names, params, strict=True):
-        which = next((i for i, found in enumerate(chosen) if name in found), -1)
-        members.setdefault((which, name in undecayed), []).append(param)
+        members.setdefault((group_of.get(name, -1), name in undecayed), []).append(param)
     specs = []
     for (which, without), group_params in sorted(members.items()):
         options = {} if which < 0 else {k: v for k, v in groups[which].items() if k != "names"}
@@ -110,11 +104,8 @@ def grouped(
 def sequential(
     optimizer: Optimizer, schedules: Sequence[Callable[[Optimizer], LRScheduler]], milestones: Sequence[int]
 ) -> SequentialLR:
-    """Build `torch.optim.lr_scheduler.SequentialLR` from schedules that wait for their optimizer.
+    """Build `torch.optim.lr_scheduler.SequentialLR` of schedules that are partial (optimizer → scheduler).
 
-    Args:
-        optimizer: the stage's.
-        schedules: optimizer → scheduler, each a `functools.partial`.
-        milestones: the step at which each schedule but the first begins.
+    Each but the first begins at its milestone, a step.
     """
     return SequentialLR(optimizer, [schedule(optimizer) for schedule in schedules], milestones=list(milestones))

@@ -428,10 +428,10 @@ def test_classes_that_cannot_be_learned_are_refused(folder: Folder) -> None:
 
 def test_streams_that_overlap_are_refused(folder: Folder) -> None:
     same = folder.refused(test=folder.files["selection"])
-    assert "selection and test are both" in same
+    assert "selection and test share 1 file or split" in same
     leaky = write(folder.path / "leaky.jsonl", rows([WORDS[0], "bag"]))
     message = folder.refused(test=leaky)
-    assert f"1 of the inputs in test are also in train (such as '{WORDS[0]}')" in message
+    assert f"train and test share 1 of the inputs (such as '{WORDS[0]}')" in message
     assert folder.load(test=leaky, allow_overlap=True).sizes["test"] == 2
     assert folder.load(unlabelled=folder.files["train"]).sizes["unlabelled"] == 8
 

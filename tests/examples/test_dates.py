@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import ConfigError, DataBundle
-from metaopt.examples.date_text import FORMATS, TARGET_LENGTH, Language, is_telling, iso
-from metaopt.examples.dates import LOCALES, dates
+from metaopt.examples.dates import FORMATS, LOCALES, TARGET_LENGTH, Language, dates, is_telling, iso
 from metaopt.losses.decoding import greedy_decode, sequence_score
 
 SMALL: dict[str, Any] = {
