@@ -131,7 +131,9 @@ class _Looking(DoubleBackward):
             warnings.simplefilter("ignore")  # that it takes longer
             with torch.autograd.set_detect_anomaly(True, check_nan=False):
                 at, beside = leaves(params), leaves(others)
-                gradients = torch.autograd.grad(loss(at, beside), at, create_graph=True, allow_unused=True)
+                weights = loss.named(at)
+                value = loss(weights, beside)
+                gradients = torch.autograd.grad(value, list(weights.values()), create_graph=True, allow_unused=True)
         for node in nodes(gradient for gradient in gradients if gradient is not None):
             node.register_hook(functools.partial(self._look, node))
         return gradients, lambda u: (linearized(gradients, u, at, True), linearized(gradients, u, beside))
