@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chains import full_chain
-from small import (
-    SGD,
-    assert_same,
-    chain_state,
-    cross_entropy,
-    example_weights,
-    feature_batches,
-    one_stage,
-)
+from small import SGD, assert_same, chain_state, cross_entropy, example_weights, feature_batches, one_stage
 from torch import Tensor
 from trainers import META, learned, trainer
 

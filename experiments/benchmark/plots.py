@@ -67,11 +67,7 @@ def _style(contestant: Contestant, position: int) -> dict[str, object]:
 
 
 def _against_steps(
-    axes: Axes,
-    work: WorkResults,
-    shown: list[Contestant],
-    measure: Callable[[int, str], float | None],
-    label: str,
+    axes: Axes, work: WorkResults, shown: list[Contestant], measure: Callable[[int, str], float | None], label: str
 ) -> None:
     for position, contestant in enumerate(shown):
         points = [(t, y) for t in work.steps if (y := measure(t, contestant.name)) is not None]

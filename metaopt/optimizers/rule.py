@@ -37,10 +37,7 @@ class UpdateRule:
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        params: Mapping[str, torch.nn.Parameter],
-        written: Sequence[str] | None = None,
+        self, optimizer: Optimizer, params: Mapping[str, torch.nn.Parameter], written: Sequence[str] | None = None
     ) -> None:
         self._kind = kind_of(optimizer)
         names = {id(p): name for name, p in params.items()}
@@ -91,11 +88,7 @@ class UpdateRule:
     # --- in the graph -------------------------------------------------------------------------------------------
 
     def step(
-        self,
-        params: Tensors,
-        gradients: Mapping[str, Tensor | None],
-        state: State,
-        overrides: Overrides | None = None,
+        self, params: Tensors, gradients: Mapping[str, Tensor | None], state: State, overrides: Overrides | None = None
     ) -> tuple[Tensors, State]:
         """Return the parameters and the state after one step, in the graph of all that goes in.
 
@@ -110,11 +103,7 @@ class UpdateRule:
         return Joined(moved, but(params, moved)), Joined(moved_state, but(state, moved))
 
     def parts(
-        self,
-        params: Tensors,
-        gradients: Mapping[str, Tensor | None],
-        state: State,
-        overrides: Overrides | None = None,
+        self, params: Tensors, gradients: Mapping[str, Tensor | None], state: State, overrides: Overrides | None = None
     ) -> Iterator[JointStep]:
         """Yield the step of each set of parameters that are treated alike."""
         linear, groups = self._kind.linear_in_rate, self._unchanged

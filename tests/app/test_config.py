@@ -154,11 +154,7 @@ def test_a_schedule_and_a_transform_for_every_stage_or_for_one() -> None:
 def test_an_option_for_one_stage() -> None:
     config = prepared("optimizer@stages.student.optimizer=sgd")
     assert config.stages.teacher.optimizer._target_ == "torch.optim.Adam"
-    assert config.stages.student.optimizer == {
-        "_target_": "torch.optim.SGD",
-        "_partial_": True,
-        "lr": 0.05,
-    }
+    assert config.stages.student.optimizer == {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.05}
 
 
 def test_a_value_for_one_stage() -> None:

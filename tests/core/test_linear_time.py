@@ -7,15 +7,7 @@ from typing import Any
 
 import higher
 import torch
-from small import (
-    ADAM,
-    SGD,
-    cross_entropy,
-    example_weights,
-    feature_batches,
-    one_stage,
-    two_stages,
-)
+from small import ADAM, SGD, cross_entropy, example_weights, feature_batches, one_stage, two_stages
 from small_models import CLASSES, FEATURES, Network
 from torch import Tensor, nn
 

@@ -10,11 +10,7 @@ import pytest
 import torch
 from closed_forms import LinearTraining, closed_form
 from differences import central_difference, difference_error, train_plainly
-from problems import (
-    closed_hypergradient,
-    linear_stages,
-    small_network,
-)
+from problems import closed_hypergradient, linear_stages, small_network
 from reference import hypergradient, relative_error, unroll
 
 

@@ -9,16 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small import (
-    ADAM,
-    MOMENTUM,
-    SGD,
-    assert_same,
-    cross_entropy,
-    example_weights,
-    feature_batches,
-    one_stage,
-)
+from small import ADAM, MOMENTUM, SGD, assert_same, cross_entropy, example_weights, feature_batches, one_stage
 from small_models import FEATURES, Network
 from torch import Tensor, nn
 

@@ -8,13 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import check, distilled, verdicts
-from small import (
-    MOMENTUM,
-    cross_entropy,
-    example_weights,
-    one_stage,
-    two_stages,
-)
+from small import MOMENTUM, cross_entropy, example_weights, one_stage, two_stages
 from small_models import Network
 from torch import Tensor, nn
 

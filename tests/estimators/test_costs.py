@@ -112,8 +112,7 @@ def growth(estimator: Callable[[], Estimator], optimizer: Any) -> tuple[float, f
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("optimizer", "state"),
-    [pytest.param(SGD, 1, id="sgd"), pytest.param(ADAM, 3, id="adam", marks=pytest.mark.slow)],
+    ("optimizer", "state"), [pytest.param(SGD, 1, id="sgd"), pytest.param(ADAM, 3, id="adam", marks=pytest.mark.slow)]
 )
 def test_memory_grows_by_what_is_stored(optimizer, state):
     """`state`: weights and optimizer state, in weights. At most two states per √T are kept beside."""

@@ -15,15 +15,7 @@ from small_models import Linear, Network
 
 import metaopt
 from metaopt.diagnostics.meters import HeldBytes, count_flops
-from metaopt.estimators import (
-    Captured,
-    Checkpointed,
-    DoubleBackward,
-    FirstOrder,
-    OneStep,
-    Truncated,
-    Unrolled,
-)
+from metaopt.estimators import Captured, Checkpointed, DoubleBackward, FirstOrder, OneStep, Truncated, Unrolled
 
 EXACT = 1e-12
 PRODUCTS = [DoubleBackward, Captured]

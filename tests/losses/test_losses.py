@@ -232,10 +232,7 @@ SWEPT = estimators.Checkpointed(), estimators.Checkpointed(product=estimators.Ca
 
 @pytest.mark.parametrize(
     "used",
-    [
-        pytest.param(UNROLLED, id="unrolled"),
-        pytest.param(SWEPT, id="checkpointed, captured", marks=pytest.mark.slow),
-    ],
+    [pytest.param(UNROLLED, id="unrolled"), pytest.param(SWEPT, id="checkpointed, captured", marks=pytest.mark.slow)],
 )
 def test_further_columns_and_labels_alone_are_enough_for_encoder_decoders(used: Any) -> None:
     """The same hypergradient as with decoder inputs made by hand, nothing else in the batch, and `Unrolled`."""

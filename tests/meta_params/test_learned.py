@@ -92,10 +92,7 @@ def test_every_hyperparameter_that_can_be_learned(case):
     optimizer = functools.partial(KINDS[name], **options)
     meta_params = learning(metaopt.LearnedHyperparameters(**{key: initial_value(optimizer, key)}))
     recipe = Recipe(
-        optimizer,
-        num_steps=8 if name == "RAdam" else 5,
-        learned=put,
-        slots={"overrides": metaopt.FromMeta("rates")},
+        optimizer, num_steps=8 if name == "RAdam" else 5, learned=put, slots={"overrides": metaopt.FromMeta("rates")}
     )
     found = assert_proven(recipe, meta_params, only=[f"rates.{key}"])
     assert all(part.abs().min() > 0 for part in found.values())
@@ -290,11 +287,7 @@ def test_values_that_cannot_be_are_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (None, "must say which .*rates"),
-        ("rate", "'rate'.*did you mean 'rates'"),
-    ],
+    ("name", "message"), [(None, "must say which .*rates"), ("rate", "'rate'.*did you mean 'rates'")]
 )
 def test_several_meta_parameters_need_the_right_name(name, message):
     recipe = Recipe(torch.optim.SGD, slots={"overrides": metaopt.FromMeta(name)})

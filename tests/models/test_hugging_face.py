@@ -183,10 +183,7 @@ def test_one_clear_message(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("lora", "message"),
-    [
-        ({"rank": 2}, "lora: .*'rank'"),
-        ({"r": 2, "target_modules": ["nowhere"]}, "lora: No modules were targeted"),
-    ],
+    [({"rank": 2}, "lora: .*'rank'"), ({"r": 2, "target_modules": ["nowhere"]}, "lora: No modules were targeted")],
 )
 def test_what_peft_does_not_take(lora: dict[str, Any], message: str) -> None:
     pytest.importorskip("peft")

@@ -13,16 +13,7 @@ import torch
 import transformers
 from hydra import compose, initialize_config_module
 from networks import Gained
-from plain_runs import (
-    Recipe,
-    assert_proven,
-    batches,
-    example_weights,
-    hypergradient,
-    meta_loss,
-    weights_of,
-    without,
-)
+from plain_runs import Recipe, assert_proven, batches, example_weights, hypergradient, meta_loss, weights_of, without
 from reference import relative_error
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_

@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from small import (
-    ADAM,
-    SIZE,
-    drawing,
-    two_stages,
-)
+from small import ADAM, SIZE, drawing, two_stages
 from small_models import FEATURES
 from torch.utils.data import DataLoader
 

@@ -231,9 +231,7 @@ OPTIONS: dict[str, Make] = {
     "rate per parameter": of_recipe(ADAM, lambda: metaopt.LearnedHyperparameters(lr=BY_NAME)),
     "decay, momentum": of_recipe(MOMENTUM, lambda: metaopt.LearnedHyperparameters(momentum=0.8, weight_decay=0.1)),
     "rate and betas, clipped": of_recipe(
-        ADAM,
-        lambda: metaopt.LearnedHyperparameters(lr=0.05, betas=(0.8, 0.95)),
-        transform=metaopt.ClipNorm(0.3),
+        ADAM, lambda: metaopt.LearnedHyperparameters(lr=0.05, betas=(0.8, 0.95)), transform=metaopt.ClipNorm(0.3)
     ),
     "initial weights": of_recipe(ADAM, lambda: metaopt.InitialWeights(Gained(), ("first.*", "gain")), "initial"),
     "initial weights of the teacher": of_problem(from_the_teacher),

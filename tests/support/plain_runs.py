@@ -25,11 +25,7 @@ def batches(count: int = 4, size: int = 4, dtype: torch.dtype = torch.float64) -
     """Batches for `Gained`; `index` runs through all of them."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return [
-        {
-            "inputs": draw(size, 3).to(dtype),
-            "labels": draw(size).to(dtype),
-            "index": torch.arange(size) + size * number,
-        }
+        {"inputs": draw(size, 3).to(dtype), "labels": draw(size).to(dtype), "index": torch.arange(size) + size * number}
         for number in range(count)
     ]
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from chains import full_chain, shuffled
-from small import (
-    example_weights,
-)
+from small import example_weights
 from torch import Tensor
 
 import metaopt

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaopt.estimators.products.base import (
-    Cotangents,
-    DoubleBackward,
-    Product,
-    Pullback,
-    Wanted,
-    leaves,
-    linearized,
-)
+from metaopt.estimators.products.base import Cotangents, DoubleBackward, Product, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.step_loss import StepLoss
 
 MOST_PROGRAMS = 16  # shapes, stages; the program used longest ago is dropped
