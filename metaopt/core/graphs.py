@@ -193,7 +193,13 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
     if not meta_loss.requires_grad:
         raise _missing(list(tensors), "the meta-loss has no graph at all")
     grads = torch.autograd.grad(meta_loss, list(tensors.values()), retain_graph=retain_graph, allow_unused=True)
-    found = {name: grad for name, grad in zip(tensors, grads, strict=True) if grad is not None}
+    modules = [module for root in as_named(meta_params).values() for module in root.modules()]
+    dense = {id(p) for m in modules if getattr(m, "sparse", None) is False for p in m.parameters(recurse=False)}
+    found = {
+        name: grad.to_dense() if grad.is_sparse and id(tensor) in dense else grad
+        for (name, tensor), grad in zip(tensors.items(), grads, strict=True)
+        if grad is not None
+    }
     if missing := [name for name in tensors if name not in found]:
         raise _missing(missing, "no path of the graph leads from it to the meta-loss")
     if broken := [name for name, grad in found.items() if not bool(entries(grad).isfinite().all())]:

@@ -23,10 +23,38 @@ from metaopt.core.meta_params import (
 )
 
 PARAMETRISATIONS = ("softmax", "sigmoid")
+MANY = 2**16  # entries from which on a gradient is kept by rows
 MOST_SHOWN = 32  # numbers that a summary lists
 
 
-class _TableOfWeights(MetaParameters):
+class _Table(MetaParameters):
+    """A table of which a batch reads a few rows: of a large one no inner step makes a gradient of the whole.
+
+    Unless `sparse`, the rows' gradients are made one dense gradient at the end of the backward.
+    """
+
+    sparse: bool
+
+    def rows(self, table: Tensor, batch: Mapping[str, Tensor], key: str) -> Tensor:
+        """Return the rows of `table` that the batch selects."""
+        return look_up(table, batch, key, type(self).__name__, self.sparse or table.numel() >= MANY)
+
+    def densify(self) -> None:
+        """Have `.grad` made dense after a plain `meta_loss.backward()`, as `hypergradient` does it by `sparse`."""
+        for table in self.parameters() if not self.sparse else ():
+            table.register_post_accumulate_grad_hook(_dense)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.densify()  # a copy's parameter has no hooks
+
+
+def _dense(table: Tensor) -> None:
+    if table.grad is not None and table.grad.is_sparse:
+        table.grad = table.grad.to_dense()
+
+
+class _TableOfWeights(_Table):
     """One logit per entry, and a weight that is its sigmoid, or `n · softmax` over all n entries."""
 
     key: str  # which entry of a batch selects the weight
@@ -42,6 +70,7 @@ class _TableOfWeights(MetaParameters):
             raise ConfigError(f"{where}: sparse=True needs parametrisation='sigmoid': a softmax moves every weight")
         self.parametrisation, self.sparse = parametrisation, sparse
         self.logits = nn.Parameter(torch.zeros(size))
+        self.densify()
 
     def weights(self) -> Tensor:
         """Return all weights [n], in the graph."""
@@ -52,7 +81,7 @@ class _TableOfWeights(MetaParameters):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the weight of each example of the batch [batch size]."""
         if self.parametrisation == "sigmoid":
-            return look_up(self.logits, batch, self.key, type(self).__name__, self.sparse).sigmoid()
+            return self.rows(self.logits, batch, self.key).sigmoid()
         return look_up(self.weights(), batch, self.key, type(self).__name__)
 
 
@@ -138,7 +167,7 @@ class ExampleTensor(TensorWeights):
         return look_up(self.weights(), batch, "index", "a tensor as meta-parameters")
 
 
-class SoftTargets(MetaParameters):
+class SoftTargets(_Table):
     """A learned distribution over the classes for each training example (Vyas et al., 2020, arXiv:2009.09496).
 
     `q_i = softmax(c · onehot(y_i) + r_i)`: it starts at the given label, which has the probability
@@ -151,10 +180,11 @@ class SoftTargets(MetaParameters):
         check_positive("SoftTargets", confidence=confidence)
         self.confidence, self.sparse = confidence, sparse
         self.offsets = nn.Parameter(torch.zeros(num_examples, num_labels))
+        self.densify()
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the targets of a batch [B, C], from its `labels` [B] and `index`."""
-        offsets, labels = look_up(self.offsets, batch, "index", "SoftTargets", self.sparse), batch["labels"]
+        offsets, labels = self.rows(self.offsets, batch, "index"), batch["labels"]
         if labels.dim() != 1 or not in_bounds(labels, offsets.shape[1]):
             raise ConfigError(f"SoftTargets: the labels do not fit {offsets.shape[1]} classes, one label per example")
         given = F.one_hot(labels, offsets.shape[1]).to(offsets.dtype)

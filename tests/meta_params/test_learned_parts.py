@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +18,14 @@ from reference import Problem, hypergradient, relative_error
 from small import ADAM, SGD, assert_same, drawing, feature_batches, one_stage, text_batch, trained_model
 from small_models import Linear
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import metaopt
 from metaopt.core.meta_params import named_tensors
-from metaopt.meta_params.tables import baseline, summary
+from metaopt.estimators import Checkpointed
+from metaopt.meta_params import tables
+from metaopt.meta_params.tables import MANY, baseline, summary
 
 EXACT = 1e-12
 
@@ -229,6 +235,54 @@ def test_sparse_tables_have_the_same_hypergradient_in_the_rows_they_read(estimat
         assert sparse.is_sparse
         assert set(sparse.coalesce().indices()[0].tolist()) == {0, 1, 2, 3}
         assert_same(sparse.to_dense(), dense, 1e-15)
+
+
+class LargeResults(TorchDispatchMode):
+    """Counts the tensors of at least so many elements that operations make."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in self.storages((args, kwargs))}
+        self.count += sum(made.data_ptr() not in given for made in self.storages(found))
+        return found
+
+    def storages(self, tree: Any) -> list[torch.UntypedStorage]:
+        dense = [x for x in tree_leaves(tree) if isinstance(x, Tensor) and not x.is_sparse]
+        return [x.untyped_storage() for x in dense if x.untyped_storage().nbytes() >= self.size * x.element_size()]
+
+
+@pytest.mark.parametrize("estimator", [metaopt.Unrolled(), Checkpointed()], ids=repr)
+@pytest.mark.parametrize("kind", [metaopt.ExampleWeights, functools.partial(metaopt.SoftTargets, num_labels=3)])
+def test_no_inner_step_makes_anything_of_the_size_of_a_large_table(kind: Any, estimator: Any):
+    def count(num_steps: int) -> int:
+        weights = copy.deepcopy(kind(num_examples=MANY))
+        loss = metaopt.WeightedLoss() if kind is metaopt.ExampleWeights else metaopt.SoftTargetLoss()
+        chain = one_stage(loss, num_steps=num_steps, estimator=estimator)
+        batch = feature_batches(1, seed=8)[0]
+        with LargeResults(MANY) as large:
+            metaopt.backward(metaopt.ValidationLoss("only")(chain.unroll(weights), batch, weights), weights)
+        (table,) = weights.parameters()
+        assert table.grad is not None
+        assert not table.grad.is_sparse
+        return large.count
+
+    assert count(2) == count(6) <= 10
+
+
+@pytest.mark.parametrize("estimator", [metaopt.Unrolled(), Checkpointed()], ids=repr)
+def test_a_plain_backward_of_a_large_table_is_dense_and_the_same(estimator: Any, monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for many in (MANY, 1):
+        monkeypatch.setattr(tables, "MANY", many)
+        weights = copy.deepcopy(randomised(metaopt.ExampleWeights(15)))
+        trained = one_stage(num_steps=3, estimator=estimator).unroll(weights)
+        metaopt.ValidationLoss("only")(trained, feature_batches(1, seed=8)[0], weights).backward()
+        found.append(weights.logits.grad)
+    assert_same(found[1], found[0], 1e-15)
 
 
 def test_sparse_adam_moves_only_the_rows_that_were_read():
