@@ -183,7 +183,7 @@ class MetaTrainer:
 
     def meta_loss(self, trained: TrainedChain) -> Tensor:
         """Return the meta-loss of trained models on the next validation batches; the stream stays where it is."""
-        with seeded(derived_seed(self.seed, self.step)):
+        with seeded(derived_seed(self.seed, self.step), self.chain.device):
             batches = [self.chain.move(batch) for batch in self.validation.peek(self.validation_batches)]
             if len(batches) == 1:
                 found = evaluate(self.objective, trained, batches[0], self.meta_params)
@@ -225,7 +225,7 @@ class MetaTrainer:
     def _look(self, selection: Selection, trained: TrainedChain, used: dict[str, Any]) -> dict[str, float]:
         """Score a trained stage on the selection stream; of the best score, keep the meta-parameters it used."""
         batches = [self.chain.move(batch) for batch in selection.batches]
-        with torch.no_grad(), seeded(derived_seed(self.seed, self.step, _LOOK)):
+        with torch.no_grad(), seeded(derived_seed(self.seed, self.step, _LOOK), self.chain.device):
             if selection.score is None or selection.metric is None:
                 key, sign, metrics = "loss", -1, {"loss": self.mean_loss(trained, batches)}
             else:

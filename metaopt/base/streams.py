@@ -206,7 +206,9 @@ def move(batch: Any, like: Tensor) -> Any:
     """Return the batch on the device of `like`, its floating tensors in the dtype of `like`, fit for a graph."""
     if isinstance(batch, Tensor):
         floating = batch.is_floating_point() and like.is_floating_point()
-        moved = batch.to(like.device, like.dtype if floating else batch.dtype)
+        if like.is_cuda and not batch.is_cuda:
+            batch = batch.pin_memory()  # so that the copy waits for nothing
+        moved = batch.to(like.device, like.dtype if floating else batch.dtype, non_blocking=True)
         return moved.clone() if moved.is_inference() else moved
     if isinstance(batch, Mapping):
         return {key: move(value, like) for key, value in batch.items()}

@@ -199,10 +199,14 @@ class Chain:
         """Return an independent copy of the chain in another dtype, with the same data ahead of it."""
         return Chain(**{name: stage.twin(dtype) for name, stage in self.stages.items()})
 
+    @property
+    def device(self) -> torch.device:
+        """Where the last stage's model is."""
+        return next(reversed(self.stages.values())).like.device
+
     def move(self, batch: Any) -> Any:
         """Return a batch on the chain's device, its floating tensors in the chain's dtype."""
-        last = next(reversed(self.stages.values()))
-        return move(batch, last.like)
+        return move(batch, next(reversed(self.stages.values())).like)
 
     def _held(self, meta_params: AnyMetaParameters | None = None) -> AbstractContextManager[None]:
         """Keep the stages' modules, and meta-parameters, to this thread: no other one may lend them tensors."""

@@ -97,9 +97,9 @@ class InnerLoop:
 
     @functools.cached_property
     def frozen(self) -> Tensors:
-        """Return copies of the parameters that no step changes; of a kind of their own (quantised), themselves."""
+        """Return the parameters that no step changes, uncopied and outside the graph; quantised ones as they are."""
         others = {n: p for n, p in self.structure.params.items() if n not in self.rule.names}
-        return {n: p.detach().clone() if type(p) is nn.Parameter else p for n, p in others.items()}
+        return {n: p.detach() if type(p) is nn.Parameter else p for n, p in others.items()}
 
     def start(self, own: Mapping[str, Tensor], meta_params: AnyMetaParameters, upstream: Upstream) -> Tensors:
         """Return the trained parameters before step 0: `own`, but for those that `initial` gives."""

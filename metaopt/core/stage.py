@@ -260,15 +260,18 @@ class Stage:
             self._schedule.set(self.optimizer, self._schedule_steps)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return copies of all parameters and buffers, those that `state_dict()` leaves out included."""
-        return {n: t.detach().clone() for n, t in [*self.structure.params.items(), *self.structure.buffers.items()]}
+        """Return copies of what a training changes: trained parameters, and buffers (non-persistent ones too)."""
+        params, buffers = self.structure.params, self.structure.buffers
+        return {n: t.detach().clone() for n, t in [*((n, params[n]) for n in self.rule.names), *buffers.items()]}
 
     @torch.no_grad()
     def _load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        changing = {*self.rule.names, *self.structure.buffers}
         for name, own in [*self.structure.params.items(), *self.structure.buffers.items()]:
-            if name not in tensors:
+            if name in tensors and tensors[name].data_ptr() != own.data_ptr():
+                own.copy_(tensors[name])
+            elif name not in tensors and name in changing:
                 raise ConfigError(f"the saved state has no {name!r}, which the stage's model has")
-            own.copy_(tensors[name])
 
     def reset(self) -> None:
         """Go back to the initial weights (a factory draws new ones) and optimizer state; the data move on."""
@@ -291,9 +294,10 @@ class Stage:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that an unroll depends on and `reset` goes back to."""
+        """Return all that an unroll depends on and `reset` goes back to; frozen weights are the module's own tensors."""
+        frozen = {name: p.detach() for name, p in self.structure.params.items() if name not in self.rule.names}
         return {
-            "model": self._tensors(),
+            "model": {**frozen, **self._tensors()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "stream": None if self._stream is None else self._stream.state_dict(),
             "random": {"seed": self.seed, "steps": self._steps, "resets": self._resets},

@@ -66,7 +66,7 @@ class Sweep:
         for stage, model in upstream.items():
             self.others |= {(stage, name): p for name, p in model.params.items() if p.requires_grad}
         self._settings = settings_of(loop, meta_params, plain)
-        self._versions = versions(loop.batches)
+        self._versions, self._frozen = versions(loop.batches), versions(loop.frozen)
         self.tape = (storage or Storage("states")).tape(loop, steps_from, first, product.uses_known_gradient)
 
     def run(self) -> InnerResult:
@@ -97,7 +97,7 @@ class Sweep:
                 steps.update(t, gradient)
                 losses.append(loss)
                 loop.watch(losses)
-        self.require_same_batches()
+        self.require_unchanged()
         self._losses = dict(enumerate(losses)) if self.product.replays else {}
         return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
 
@@ -130,8 +130,14 @@ class Sweep:
                 "as meta-parameters, or use Unrolled()"
             )
 
-    def require_same_batches(self) -> None:
-        """Raise if a batch has been written to since the steps began."""
+    def require_unchanged(self) -> None:
+        """Raise if a batch or a frozen weight has been written to since the steps began."""
+        if versions(self.loop.frozen) != self._frozen:
+            changed = zip(self.loop.frozen, self._frozen, versions(self.loop.frozen), strict=True)
+            raise StageError(
+                f"stage {self.loop.name!r}: the frozen weight {next(n for n, a, b in changed if a != b)!r} was changed "
+                "between the unroll and its backward, which runs the steps again; call backward first, or unroll anew"
+            )
         if versions(self.loop.batches) != self._versions:
             raise StageError(
                 f"stage {self.loop.name!r}: a batch was changed in place, by the loss or before the backward, and the "
@@ -219,7 +225,7 @@ class _Stage(torch.autograd.Function):
         sweep: Sweep = ctx.sweep
         refuse_second_derivative(f"stage {sweep.loop.name!r}", "give the stage estimator=metaopt.Unrolled()")
         _ = ctx.saved_tensors
-        sweep.require_same_batches()
+        sweep.require_unchanged()
         names = sweep.loop.rule.names
         present = {n: c for n, c in zip(names, cotangents, strict=True) if c is not None}
         others: dict[Key, Tensor] = {}

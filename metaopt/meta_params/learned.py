@@ -149,6 +149,10 @@ class FromMeta:
         found = select(meta_params, self.name, "FromMeta")
         if isinstance(found, LearnedHyperparameters):
             stage.rule.check_overrides(found.values())
+        elif isinstance(found, InitialWeights):
+            for name in found.values().keys() - set(stage.rule.names):
+                hint = did_you_mean(name, stage.rule.names)
+                raise ConfigError(f"InitialWeights: {name!r} is no trained parameter of the stage's model{hint}")
         elif not isinstance(found, Uniform) and not hasattr(found, "values"):
             wanted = "metaopt.LearnedHyperparameters(...) or metaopt.InitialWeights(...)"
             raise ConfigError(f"FromMeta reads a {type(found).__name__}; give {wanted}")

@@ -221,8 +221,8 @@ def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any
 
 
 def in_bounds(index: Tensor, size: int) -> bool:
-    """Whether all of `index` lies in [0, size); a tensor of a captured graph has no values yet, and passes."""
-    if isinstance(index, FakeTensor) or not index.numel():
+    """Whether all of `index` lies in [0, size); not asked of a captured graph, or of an accelerator, which would wait."""
+    if isinstance(index, FakeTensor) or not index.numel() or index.device.type != "cpu":
         return True
     return int(index.min()) >= 0 and int(index.max()) < size
 
@@ -236,7 +236,8 @@ def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, s
         seen = f"batch[{key!r}] runs from {int(index.min())} to {int(index.max())}"
         raise ConfigError(f"{reader} has {len(table)} weights, and {seen}; number from 0, and give one to each")
     if not sparse:
-        return table[index]
+        # not table[index], which counts −1 from the end
+        return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table, sparse=True) if table.dim() == 2 else table.gather(0, index, sparse_grad=True)
 
 
