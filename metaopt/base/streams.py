@@ -92,7 +92,8 @@ class BatchStream:
                 f"batches: a {type(batches).__name__} can be read only once, so it cannot be cycled or resumed; give "
                 "list(batches), or the DataLoader itself instead of iter(loader)"
             )
-        self._batches = batches
+        self.source = batches
+        self.is_list = type(batches) in (list, tuple)
         self._seed = seed
         self._generators = _generators_of(batches)
         self._generator_states = [generator.get_state() for generator in self._generators]
@@ -105,11 +106,20 @@ class BatchStream:
             self._ahead.append((self._frontier, self._fetch()))
         return [batch for _, batch in list(self._ahead)[:count]]
 
+    def next(self) -> Any:
+        """Return the next batch, and pass it."""
+        return self._ahead.popleft()[1] if self._ahead else self._fetch()
+
     def advance(self, count: int) -> None:
         """Pass the next `count` batches."""
-        self.peek(count)
         for _ in range(count):
-            self._ahead.popleft()
+            self.next()
+
+    def copy(self) -> BatchStream:
+        """Return another stream at the same place, which moves by itself."""
+        other = BatchStream(self.source, self._seed)
+        other.load_state_dict(self.state_dict())
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the next batch lies: epoch, position, seed, and the states of the loader's generators."""
@@ -132,7 +142,7 @@ class BatchStream:
     def _fetch(self) -> Any:
         epoch, position, _ = self._frontier
         try:
-            if type(self._batches) in (list, tuple):  # which draw nothing
+            if self.is_list:  # which draw nothing
                 batch = self._next()
             else:
                 with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_states():
@@ -147,7 +157,7 @@ class BatchStream:
 
     def _next(self) -> Any:
         if self._iterator is None:
-            self._iterator = iter(self._batches)
+            self._iterator = iter(self.source)
         return next(self._iterator)
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from metaopt.base.drawn import batches_ahead
 from metaopt.base.errors import ConfigError, StageError
 from metaopt.base.ranges import check_counts
 from metaopt.base.streams import BatchStream, Passing, derived_seed, draw_seed, move, seeded
@@ -166,10 +167,10 @@ class Stage:
             return [move(batch, like) for batch in batches]
 
         with telling(lambda: f"the batches of stage {name!r} ({type(self.batches).__name__})"):
-            if passing and self._stream is not None and not isinstance(self.batches, HandOver):
-                batches = Passing(self._stream, steps, self.accumulate, fit)
+            if self._stream is not None and not isinstance(self.batches, HandOver):
+                batches = (Passing if passing else batches_ahead)(self._stream, steps, self.accumulate, fit)
             else:
-                drawn = fit(self._draw_batches(upstream, steps * self.accumulate))
+                drawn = fit(self._write_batches(upstream, steps * self.accumulate))
                 batches = [drawn[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
         return InnerLoop(
             name=name,
@@ -189,13 +190,11 @@ class Stage:
             seen=self._seen,
         )
 
-    def _draw_batches(self, upstream: Upstream, count: int) -> list[Any]:
-        """Return the next `count` batches; the stream stays where it is."""
+    def _write_batches(self, upstream: Upstream, count: int) -> list[Any]:
+        """Return the next `count` batches, made from the trained models before; the stream stays where it is."""
         if count == 0:
             return []
         ahead = [] if self._stream is None else self._stream.peek(count)
-        if self._stream is not None and not isinstance(self.batches, HandOver):
-            return ahead
         with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES), self.like.device):
             if isinstance(self.batches, HandOver):
                 written = list(self.batches.write(upstream, ahead))

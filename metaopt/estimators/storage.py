@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts
+from metaopt.core.contracts import Gradients
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.plain import PlainSteps
 from metaopt.core.view import Tensors
@@ -28,7 +29,6 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 # For how many plain inner steps `auto` takes it to move a state off the device and back. On a CPU a file of 0.1 MB took
 # 9, of 2 MB 0.1, and of 1.3 GB 0.03: rather many, as no budget bounds the disk. On an accelerator they are guesses.
 MOVED: dict[str, dict[PlaceName, float]] = {"cpu": {"disk": 4.0}, "cuda": {"host": 2.0, "disk": 20.0}}
-Gradients = dict[str, Tensor | None]
 # weights, optimizer state, buffers → steps from there
 StepsFrom = Callable[[Mapping[str, Tensor], State, Tensors], PlainSteps]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from metaopt.base.drawn import CHANGED, versions
 from metaopt.base.errors import StageError
 from metaopt.core.contracts import Upstream
 from metaopt.core.graphs import graph_leaves, refuse_second_derivative
@@ -133,10 +133,7 @@ class Sweep:
     def require_same_batches(self) -> None:
         """Raise if a batch has been written to since the steps began."""
         if versions(self.loop.batches) != self._versions:
-            raise StageError(
-                f"stage {self.loop.name!r}: a batch was changed in place, by the loss or before the backward, and the "
-                "steps are run again on their batches; change a copy: tensor.clone()"
-            )
+            raise StageError(f"stage {self.loop.name!r}: {CHANGED}")
 
     # --- backward -----------------------------------------------------------------------------------------------
 
@@ -190,11 +187,6 @@ class Sweep:
         for name, cotangent in learned.items():
             add(others, (None, name), cotangent)
         return below, of_gradient
-
-
-def versions(tree: Any) -> list[int]:
-    """Return how often each tensor in a nested structure has been written to."""
-    return [x._version for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _will_run_again() -> bool:
