@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from metaopt.base.drawn import batches_ahead
+from metaopt.base.drawn import Epochs
 from metaopt.base.errors import ConfigError, StageError
 from metaopt.base.ranges import check_counts
-from metaopt.base.streams import BatchStream, Passing, derived_seed, draw_seed, move, seeded
+from metaopt.base.streams import Ahead, BatchStream, Passing, derived_seed, draw_seed, move, seeded
 from metaopt.core.contracts import (
     Estimator,
     HandOver,
@@ -40,6 +40,7 @@ from metaopt.optimizers.step import attributes, with_attributes
 
 ModelOrFactory = nn.Module | Callable[[], nn.Module]
 OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
+MOST_HELD = 1000  # batches of an unroll that are drawn and held; of a longer one, an epoch is
 _BATCHES, _INIT = 1, 2  # what a seed is derived for, beside the inner steps
 
 
@@ -168,7 +169,8 @@ class Stage:
 
         with telling(lambda: f"the batches of stage {name!r} ({type(self.batches).__name__})"):
             if self._stream is not None and not isinstance(self.batches, HandOver):
-                batches = (Passing if passing else batches_ahead)(self._stream, steps, self.accumulate, fit)
+                draw = Passing if passing else _batches_ahead
+                batches = draw(self._stream, steps, self.accumulate, fit)
             else:
                 drawn = fit(self._write_batches(upstream, steps * self.accumulate))
                 batches = [drawn[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
@@ -339,3 +341,21 @@ class Stage:
         if callable(source) and not isinstance(source, Iterable):
             return None
         return BatchStream(source, derived_seed(self.seed, 0, _BATCHES))
+
+
+def _batches_ahead(
+    stream: BatchStream, num_steps: int, per_step: int, fit: Callable[[list[Any]], list[Any]]
+) -> Sequence[list[Any]]:
+    """Return the batches of a stream's next steps, made to `fit`; the stream stays where it is.
+
+    Those of a list are looked up when a step asks. Those of a DataLoader are drawn and held; where there are many, and
+    no worker processes would have to be started again, they are drawn once more when a step goes back.
+    """
+    held = stream.peek(min(num_steps, 1))  # raises where there is none
+    if stream.is_list and held:
+        source, start = list(stream.source), stream.state_dict()["position"]
+        return Ahead(lambda i: source[(start + i) % len(source)], num_steps, per_step, fit, source)
+    if num_steps * per_step > MOST_HELD and not getattr(stream.source, "num_workers", 0):
+        return Ahead(Epochs(stream), num_steps, per_step, fit)
+    held = fit(stream.peek(num_steps * per_step))
+    return [held[i * per_step : (i + 1) * per_step] for i in range(num_steps)]

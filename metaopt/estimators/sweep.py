@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.base.drawn import CHANGED, versions
 from metaopt.base.errors import StageError
+from metaopt.base.streams import CHANGED, versions
 from metaopt.core.contracts import Upstream
 from metaopt.core.graphs import graph_leaves, refuse_second_derivative
 from metaopt.core.inner_loop import InnerLoop, InnerResult

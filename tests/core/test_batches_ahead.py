@@ -8,52 +8,22 @@ from typing import Any
 import pytest
 import torch
 from small import example_weights, feature_batches, one_stage
-from test_streams import LOADERS, taken
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import metaopt
-from metaopt.base import drawn
-from metaopt.base.drawn import Listed, Redrawn, batches_ahead
-from metaopt.base.streams import BatchStream
+from metaopt.base.streams import Ahead, BatchStream
+from metaopt.core import stage
+from metaopt.core.stage import _batches_ahead
 from metaopt.estimators import Checkpointed, Unrolled
 
-IN_PROCESS = {name: make for name, make in LOADERS.items() if name != "workers"}
+# Workers are forked, which later Pythons warn of where a library has started threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 STEPS, PER_STEP = 9, 2
 
 
-@pytest.fixture(autouse=True)
-def nothing_held(monkeypatch):
-    monkeypatch.setattr(drawn, "MOST_HELD", 0)
-
-
-def ahead(stream: BatchStream, num_steps: int = STEPS) -> Any:
-    return batches_ahead(stream, num_steps, PER_STEP, lambda batches: [batch.tolist() for batch in batches])
-
-
-@pytest.mark.parametrize("start", [0, 3, 4, 6])
-@pytest.mark.parametrize("name", IN_PROCESS)
-def test_a_step_gets_its_own_batches_as_often_as_it_asks(name, start):
-    """From anywhere in an epoch, in any order; the stream stays where it is."""
-    stream = BatchStream(IN_PROCESS[name](), seed=1)
-    taken(stream, start)
-    place, batches = str(stream.state_dict()), ahead(stream)
-    assert isinstance(batches, Listed if name == "list" else Redrawn)
-    found = list(batches)
-    order = [*reversed(range(STEPS)), *random.Random(0).choices(range(STEPS), k=30)]
-    assert [batches[t] for t in order] == [found[t] for t in order]
-    assert str(stream.state_dict()) == place
-    assert [batch for step in found for batch in step] == taken(stream, STEPS * PER_STEP)
-    assert len(batches) == len(found) == STEPS
-
-
-def test_worker_processes_are_not_started_again():
-    stream = BatchStream(LOADERS["workers"](), seed=1)
-    assert isinstance(ahead(stream, 3), list)
-
-
-class Drawing(torch.utils.data.Dataset[Tensor]):
-    """Twelve examples; it counts how often one is drawn."""
+class Drawing(Dataset[Tensor]):
+    """Twelve examples, each beside a random number; it counts how often one is drawn."""
 
     draws = 0
 
@@ -62,7 +32,48 @@ class Drawing(torch.utils.data.Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         self.draws += 1
-        return torch.tensor([index])
+        return torch.tensor([index, random.random()])
+
+
+LOADERS: dict[str, Any] = {
+    "list": lambda: [torch.tensor([i]) for i in range(4)],
+    "in order": lambda: DataLoader(Drawing(), 3),
+    "shuffled": lambda: DataLoader(Drawing(), 3, shuffle=True),
+    "own generator": lambda: DataLoader(
+        Drawing(), 3, sampler=RandomSampler(Drawing(), generator=torch.Generator().manual_seed(7))
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(monkeypatch):
+    monkeypatch.setattr(stage, "MOST_HELD", 0)
+
+
+def ahead(stream: BatchStream, num_steps: int = STEPS) -> Any:
+    return _batches_ahead(stream, num_steps, PER_STEP, lambda batches: [batch.tolist() for batch in batches])
+
+
+@pytest.mark.parametrize("start", [0, 3, 4, 6])
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_step_gets_its_own_batches_as_often_as_it_asks(name, start):
+    """From anywhere in an epoch, in any order; the stream stays where it is."""
+    stream = BatchStream(LOADERS[name](), seed=1)
+    stream.advance(start)
+    place, batches = str(stream.state_dict()), ahead(stream)
+    assert isinstance(batches, Ahead)
+    assert bool(batches.source) == (name == "list")
+    found = list(batches)
+    order = [*reversed(range(STEPS)), *random.Random(0).choices(range(STEPS), k=30)]
+    assert [batches[t] for t in order] == [found[t] for t in order]
+    assert str(stream.state_dict()) == place
+    assert [batch for step in found for batch in step] == [b.tolist() for b in stream.peek(STEPS * PER_STEP)]
+    assert len(batches) == len(found) == STEPS
+
+
+def test_worker_processes_are_not_started_again():
+    stream = BatchStream(DataLoader(Drawing(), 3, num_workers=1), seed=1)
+    assert isinstance(ahead(stream, 3), list)
 
 
 def test_an_epoch_is_drawn_again_once_by_a_sweep():
@@ -80,12 +91,13 @@ def test_no_more_than_an_epoch_is_held():
     batches: Any = ahead(BatchStream(LOADERS["shuffled"](), seed=1), 20)
     for t in (*range(20), *reversed(range(20))):
         assert len(batches[t]) == PER_STEP
-        assert len(batches._held) <= 4
+        assert len(batches._look_up._held) <= 4
 
 
 @pytest.mark.parametrize("kind", ["list", "shuffled"])
 def test_there_must_be_a_batch(kind):
-    empty: Any = [] if kind == "list" else DataLoader([], 3)
+    nothing: Any = []
+    empty: Any = nothing if kind == "list" else DataLoader(nothing, 3)
     with pytest.raises(metaopt.ConfigError, match="not a single batch"):
         ahead(BatchStream(empty, seed=1))
 
@@ -103,17 +115,15 @@ def loader(examples: int = 15) -> Any:
 def hypergradient(estimator: Any, **options: Any) -> Any:
     phi = example_weights()
     chain = one_stage(batches=loader(), num_steps=11, accumulate=2, estimator=estimator, **options)
-    for _ in range(2):  # the second one goes on in the middle of an epoch
-        trained = chain.unroll(phi)
-        found = metaopt.hypergradient(metaopt.ValidationLoss("only")(trained, feature_batches(1, 8)[0], phi), phi)
-        chain.commit(trained)
-    return found
+    chain.commit(chain.unroll(phi))  # so that the next goes on in the middle of an epoch
+    trained = chain.unroll(phi)
+    return metaopt.hypergradient(metaopt.ValidationLoss("only")(trained, feature_batches(1, 8)[0], phi), phi)
 
 
 def test_the_hypergradient_is_that_of_held_batches(monkeypatch):
     few = Checkpointed(store="recompute", num_states=2)
     found = hypergradient(few)
-    monkeypatch.setattr(drawn, "MOST_HELD", 1000)
+    monkeypatch.setattr(stage, "MOST_HELD", 1000)
     for estimator in (few, Unrolled()):
         torch.testing.assert_close(found, hypergradient(estimator), rtol=1e-12, atol=1e-15)
 
