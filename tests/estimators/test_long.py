@@ -62,7 +62,6 @@ def test_memory_is_flat_and_time_linear(place, tmp_path):
     options = {"store": "recompute", "place": place, "folder": str(tmp_path), "num_states": num_states}
     (few,) = measured(options, 1000)
     many, *again = measured(options, 10_000, 1000, 1000, 1000)  # time in one process, memory in fresh ones
-    print(place, few, many, again)
     assert many["peak"] - few["peak"] <= 20e6
     assert many["seconds"] <= 1.15 * median(one["seconds"] for one in again)
     assert not list(tmp_path.iterdir())
