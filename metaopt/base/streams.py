@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metaopt.base.errors import ConfigError
 
@@ -92,7 +93,8 @@ class BatchStream:
                 f"batches: a {type(batches).__name__} can be read only once, so it cannot be cycled or resumed; give "
                 "list(batches), or the DataLoader itself instead of iter(loader)"
             )
-        self._batches = batches
+        self.source = batches
+        self.is_list = type(batches) in (list, tuple)
         self._seed = seed
         self._generators = _generators_of(batches)
         self._generator_states = [generator.get_state() for generator in self._generators]
@@ -105,11 +107,20 @@ class BatchStream:
             self._ahead.append((self._frontier, self._fetch()))
         return [batch for _, batch in list(self._ahead)[:count]]
 
+    def next(self) -> Any:
+        """Return the next batch, and pass it."""
+        return self._ahead.popleft()[1] if self._ahead else self._fetch()
+
     def advance(self, count: int) -> None:
         """Pass the next `count` batches."""
-        self.peek(count)
         for _ in range(count):
-            self._ahead.popleft()
+            self.next()
+
+    def copy(self) -> BatchStream:
+        """Return another stream at the same place, which moves by itself."""
+        other = BatchStream(self.source, self._seed)
+        other.load_state_dict(self.state_dict())
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the next batch lies: epoch, position, seed, and the states of the loader's generators."""
@@ -132,7 +143,7 @@ class BatchStream:
     def _fetch(self) -> Any:
         epoch, position, _ = self._frontier
         try:
-            if type(self._batches) in (list, tuple):  # which draw nothing
+            if self.is_list:  # which draw nothing
                 batch = self._next()
             else:
                 with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_states():
@@ -147,7 +158,7 @@ class BatchStream:
 
     def _next(self) -> Any:
         if self._iterator is None:
-            self._iterator = iter(self._batches)
+            self._iterator = iter(self.source)
         return next(self._iterator)
 
     @contextmanager
@@ -162,6 +173,46 @@ class BatchStream:
             self._generator_states = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, before, strict=True):
                 generator.set_state(state)
+
+
+class Ahead(Sequence[list[Any]]):
+    """The batches of the next steps, looked up and made to `fit` when a step asks for its own.
+
+    Args:
+        look_up: i → the i-th of the batches to come.
+        source: where they lie, if they are the same tensors at each look.
+    """
+
+    def __init__(
+        self,
+        look_up: Callable[[int], Any],
+        num_steps: int,
+        per_step: int,
+        fit: Callable[[list[Any]], list[Any]],
+        source: Sequence[Any] = (),
+    ) -> None:
+        self._look_up, self._num_steps, self._per_step, self._fit = look_up, num_steps, per_step, fit
+        self.source = source
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, t: Any) -> Any:
+        if not 0 <= t < self._num_steps:
+            raise IndexError(t)
+        return self._fit([self._look_up(i) for i in range(t * self._per_step, (t + 1) * self._per_step)])
+
+
+CHANGED = (
+    "a batch was changed in place, by the loss or before the backward, and the steps are run again on their batches; "
+    "change a copy: tensor.clone()"
+)
+
+
+def versions(tree: Any) -> list[int]:
+    """Return how often each tensor in a nested structure, or each that batches ahead lie in, has been written to."""
+    leaves = pytree.tree_leaves(tree.source if isinstance(tree, Ahead) else tree)
+    return [x._version for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
 
 
 class Passing(Sequence[list[Any]]):

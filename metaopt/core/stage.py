@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from metaopt.base.drawn import Epochs
 from metaopt.base.errors import ConfigError, StageError
 from metaopt.base.ranges import check_counts
-from metaopt.base.streams import BatchStream, Passing, derived_seed, draw_seed, move, seeded
+from metaopt.base.streams import Ahead, BatchStream, Passing, derived_seed, draw_seed, move, seeded
 from metaopt.core.contracts import (
     Estimator,
     HandOver,
@@ -39,6 +40,7 @@ from metaopt.optimizers.step import attributes, with_attributes
 
 ModelOrFactory = nn.Module | Callable[[], nn.Module]
 OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
+MOST_HELD = 1000  # batches of an unroll that are drawn and held; of a longer one, an epoch is
 _BATCHES, _INIT = 1, 2  # what a seed is derived for, beside the inner steps
 
 
@@ -166,10 +168,11 @@ class Stage:
             return [move(batch, like) for batch in batches]
 
         with telling(lambda: f"the batches of stage {name!r} ({type(self.batches).__name__})"):
-            if passing and self._stream is not None and not isinstance(self.batches, HandOver):
-                batches = Passing(self._stream, steps, self.accumulate, fit)
+            if self._stream is not None and not isinstance(self.batches, HandOver):
+                draw = Passing if passing else _batches_ahead
+                batches = draw(self._stream, steps, self.accumulate, fit)
             else:
-                drawn = fit(self._draw_batches(upstream, steps * self.accumulate))
+                drawn = fit(self._write_batches(upstream, steps * self.accumulate))
                 batches = [drawn[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
         return InnerLoop(
             name=name,
@@ -189,13 +192,11 @@ class Stage:
             seen=self._seen,
         )
 
-    def _draw_batches(self, upstream: Upstream, count: int) -> list[Any]:
-        """Return the next `count` batches; the stream stays where it is."""
+    def _write_batches(self, upstream: Upstream, count: int) -> list[Any]:
+        """Return the next `count` batches, made from the trained models before; the stream stays where it is."""
         if count == 0:
             return []
         ahead = [] if self._stream is None else self._stream.peek(count)
-        if self._stream is not None and not isinstance(self.batches, HandOver):
-            return ahead
         with torch.no_grad(), seeded(derived_seed(self.seed, self._steps, _BATCHES), self.like.device):
             if isinstance(self.batches, HandOver):
                 written = list(self.batches.write(upstream, ahead))
@@ -344,3 +345,21 @@ class Stage:
         if callable(source) and not isinstance(source, Iterable):
             return None
         return BatchStream(source, derived_seed(self.seed, 0, _BATCHES))
+
+
+def _batches_ahead(
+    stream: BatchStream, num_steps: int, per_step: int, fit: Callable[[list[Any]], list[Any]]
+) -> Sequence[list[Any]]:
+    """Return the batches of a stream's next steps, made to `fit`; the stream stays where it is.
+
+    Those of a list are looked up when a step asks. Those of a DataLoader are drawn and held; where there are many, and
+    no worker processes would have to be started again, they are drawn once more when a step goes back.
+    """
+    held = stream.peek(min(num_steps, 1))  # raises where there is none
+    if stream.is_list and held:
+        source, start = list(stream.source), stream.state_dict()["position"]
+        return Ahead(lambda i: source[(start + i) % len(source)], num_steps, per_step, fit, source)
+    if num_steps * per_step > MOST_HELD and not getattr(stream.source, "num_workers", 0):
+        return Ahead(Epochs(stream), num_steps, per_step, fit)
+    held = fit(stream.peek(num_steps * per_step))
+    return [held[i * per_step : (i + 1) * per_step] for i in range(num_steps)]

@@ -24,16 +24,23 @@ class Checkpointed(Estimator):
     | store | kept | plain trainings' flops, in all |
     |---|---|---|
     | `states` | T·S | 4 |
-    | `gradients` | T·θ + about 2√T·S | 4 |
-    | `recompute` | about 2√T·S | 5 |
+    | `gradients` | T·θ + c·S | 4 |
+    | `recompute` | c·S | 5 for c = √2T; less for more states, more for fewer |
+
+    With c states and no step run more than r times before it is swept, `recompute` takes `3 + r − (c+r choose r−1)/T`
+    plain trainings for T steps, about, and no schedule takes fewer (Griewank and Walther, 2000,
+    doi:10.1145/347837.347846): at c = 16, 5.9 for T = 1,000 and 7.4 for T = 10,000.
 
     Args:
         product: how `u ∂²L` is computed; `DoubleBackward()` if None.
         store: `gradients`, `states`, `recompute`, or `auto`: the quickest whose stored steps fit in `budget`.
-        place: where the stored steps lie: `device`, `host` (pinned memory) or `disk`. A segment of about √T steps is on
-            the device while it is swept.
-        budget: of `auto`: bytes, or a text such as `"2 GB"`.
+        place: where the stored steps lie: `device`, `host` (pinned memory; on a CPU, the same) or `disk`. The last two
+            have a state every c + 1 steps, and those between are on the device while these steps are swept: no step is
+            run more than twice, whatever c.
+        budget: of `auto`: bytes on the device, or a text such as `"2 GB"`.
         folder: of `disk`: where to write; the system's temporary folder if None.
+        num_states: of `gradients` and `recompute`: c, the most states that are kept on the device, beside that of the
+            step in hand; the fewest with which no step is run more than twice, about √2T, if None.
     """
 
     def __init__(
@@ -43,9 +50,10 @@ class Checkpointed(Estimator):
         place: PlaceName = "device",
         budget: int | str | None = None,
         folder: str | Path | None = None,
+        num_states: int | None = None,
     ) -> None:
         self.product = product or DoubleBackward()
-        self.storage = Storage(store, place, budget, folder)
+        self.storage = Storage(store, place, budget, folder, num_states)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(product={self.product!r}, {self.storage})"
@@ -88,8 +96,9 @@ class Truncated(Checkpointed):
         place: PlaceName = "device",
         budget: int | str | None = None,
         folder: str | Path | None = None,
+        num_states: int | None = None,
     ) -> None:
-        super().__init__(product, store, place, budget, folder)
+        super().__init__(product, store, place, budget, folder, num_states)
         check_counts(type(self).__name__, last=last)
         self.last = last
 

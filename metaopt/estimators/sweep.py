@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metaopt.base.errors import StageError
+from metaopt.base.streams import CHANGED, versions
 from metaopt.core.contracts import Upstream
 from metaopt.core.graphs import graph_leaves, refuse_second_derivative
 from metaopt.core.inner_loop import InnerLoop, InnerResult
@@ -139,10 +139,7 @@ class Sweep:
                 "between the unroll and its backward, which runs the steps again; call backward first, or unroll anew"
             )
         if versions(self.loop.batches) != self._versions:
-            raise StageError(
-                f"stage {self.loop.name!r}: a batch was changed in place, by the loss or before the backward, and the "
-                "steps are run again on their batches; change a copy: tensor.clone()"
-            )
+            raise StageError(f"stage {self.loop.name!r}: {CHANGED}")
 
     # --- backward -----------------------------------------------------------------------------------------------
 
@@ -196,11 +193,6 @@ class Sweep:
         for name, cotangent in learned.items():
             add(others, (None, name), cotangent)
         return below, of_gradient
-
-
-def versions(tree: Any) -> list[int]:
-    """Return how often each tensor in a nested structure has been written to."""
-    return [x._version for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _will_run_again() -> bool:

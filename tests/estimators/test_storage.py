@@ -16,18 +16,33 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.diagnostics.meters import peak_bytes
 from metaopt.estimators import Checkpointed, FirstOrder, Truncated, Unrolled
-from metaopt.estimators.storage import _options, parse_bytes
+from metaopt.estimators.storage import Plan, Sizes, options, parse_bytes
 
 SIZE, STEPS = 64, 32
 WEIGHTS = SIZE * SIZE * 8  # θ
 STATE = 3 * WEIGHTS + 4  # weights, two moments and a count of steps
-PREDICTED = {
-    ("states", "device"): STEPS * STATE,
-    ("gradients", "device"): STEPS * WEIGHTS + 12 * STATE,  # a state every 8 steps, and 8 of one segment
-    ("recompute", "device"): 12 * STATE,
-    ("gradients", "disk"): 8 * (STATE + WEIGHTS),
-    ("recompute", "disk"): 8 * STATE,
+EACH = Sizes(STEPS, WEIGHTS, STATE, STATE)
+# What `auto` takes at its size as the budget, on a CPU: two states in hand are beside what is kept.
+CHOICES = {
+    Plan("states", "device", STEPS): STEPS * STATE,
+    Plan("gradients", "device", 7): STEPS * WEIGHTS + 9 * STATE,
+    Plan("recompute", "device", 16): 18 * STATE,
+    Plan("recompute", "device", 7): 9 * STATE,
+    Plan("recompute", "disk", 3): 5 * STATE,
+    Plan("recompute", "disk", 1): 3 * STATE,
 }
+OTHERS = {
+    Plan("gradients", "device", 2): STEPS * WEIGHTS + 4 * STATE,
+    Plan("recompute", "device", 2): 4 * STATE,
+    Plan("gradients", "disk", 7): 9 * STATE + WEIGHTS,
+    Plan("gradients", "disk", 2): 4 * STATE + WEIGHTS,
+}
+
+
+def kept_as(plan: Plan, **options: Any) -> Checkpointed:
+    """The estimator that is asked for a plan."""
+    states = None if plan.kept == "states" else plan.num_states
+    return Checkpointed(store=plan.kept, place=plan.place, num_states=states, **options)
 
 
 class Wide(nn.Module):
@@ -64,26 +79,37 @@ def beside() -> int:
     return peak_bytes(lambda: run(Checkpointed(store="states"), 2)) - of_two_steps
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize(("store", "place"), PREDICTED)
-def test_predictions_are_what_is_held(store, place, beside, tmp_path):
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("plan", [*CHOICES, *OTHERS], ids=str)
+def test_predictions_are_what_is_held(plan, beside, tmp_path):
     """Never more; less by a few states: a segment shares its first with the kept ones, and the meter sees no file."""
-    options = {(s, p): size for s, p, size in _options(STEPS, WEIGHTS, STATE, "cpu")}
-    assert options == PREDICTED
-    peak = peak_bytes(lambda: run(Checkpointed(store=store, place=place, folder=tmp_path)))
-    assert -3 * STATE < peak - beside - PREDICTED[store, place] < 0.1 * WEIGHTS
+    size = {**CHOICES, **OTHERS}[plan]
+    peak = peak_bytes(lambda: run(kept_as(plan, folder=tmp_path)))
+    assert -3 * STATE < peak - beside - size < 0.1 * WEIGHTS
 
 
-@pytest.mark.parametrize("choice", PREDICTED)
-def test_auto_takes_the_quickest_that_fits_and_says_so(choice, caplog, tmp_path):
-    estimator = Checkpointed(store="auto", budget=PREDICTED[choice], folder=tmp_path)
+@pytest.mark.parametrize("plan", CHOICES, ids=str)
+def test_auto_takes_the_quickest_that_fits_and_says_so(plan, caplog, tmp_path):
+    estimator, size = Checkpointed(store="auto", budget=CHOICES[plan], folder=tmp_path), CHOICES[plan]
     with caplog.at_level(logging.INFO, logger="metaopt"):
         run(estimator)
-    assert estimator.storage.chosen == {f"only ({STEPS} steps)": choice}
+    assert estimator.storage.chosen == {f"only ({STEPS} steps)": plan}
     (message,) = [record.getMessage() for record in caplog.records]
-    store, place = choice
-    assert message.startswith(f"stage 'only', {STEPS} steps, budget {PREDICTED[choice]}: store={store} on {place}, ")
-    assert f"{PREDICTED[choice] / 1e6:.3g} MB" in message
+    assert message.startswith(
+        f"stage 'only', {STEPS} steps, budget {size}: store={plan.kept} on {plan.place}, {plan.num_states} states and "
+        f"{size / 1e6:.3g} MB on the device, "
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_budget_is_overdrawn_and_more_is_never_slower(device):
+    last = float("inf")
+    for budget in range(3 * STATE, 40 * STATE, STATE // 3):
+        fits = [option for option in options(EACH, device, budget) if option.size <= budget]
+        best = min(option.cost for option in fits)
+        assert best <= last
+        last = best
+    assert last == 4
 
 
 def test_auto_looks_once_and_for_each_stage_and_length(caplog):
@@ -114,7 +140,7 @@ def test_looking_ahead_changes_nothing():
 def test_a_truncated_stage_stores_only_its_last_steps():
     estimator = Truncated(4, store="auto", budget=4 * STATE)
     run(estimator)
-    assert estimator.storage.chosen == {"only (4 steps)": ("states", "device")}
+    assert estimator.storage.chosen == {"only (4 steps)": Plan("states", "device", 4)}
 
 
 @pytest.mark.parametrize("kind", [Checkpointed, FirstOrder, functools.partial(Truncated, 2)])
@@ -128,10 +154,9 @@ def test_every_estimator_that_stores_steps_chooses(kind):
 
 
 def test_too_small_a_budget_names_what_is_needed():
-    least = PREDICTED["recompute", "disk"]
     with pytest.raises(
         metaopt.ConfigError,
-        match=rf"stage 'only': budget=1000 is less than the {least:,} bytes that {STEPS} steps take",
+        match=rf"stage 'only': budget=1000 is less than the {3 * STATE:,} bytes that any number of inner steps takes",
     ):
         run(Checkpointed(store="auto", budget=1000))
 

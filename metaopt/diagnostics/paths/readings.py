@@ -140,9 +140,9 @@ def _begin(reading: Reading, begin: Callable[[], InnerLoop]) -> InnerLoop:
     write = functools.partial(watch.run, Part("the hand-over", reading.part.stage), begin)
     loop = write()
     watch.close([list(micro) for micro in loop.batches])
-    data = tensors_in(loop.batches)
+    data = tensors_in(list(loop.batches))
     by_users = [cut for cut in watch.numbers if cut.place]  # a library's own only steer it
-    reading.cuts |= {cut for cut in by_users if watch.matters(cut, lambda: tensors_in(write().batches), data)}
+    reading.cuts |= {cut for cut in by_users if watch.matters(cut, lambda: tensors_in(list(write().batches)), data)}
     return loop
 
 
