@@ -295,7 +295,7 @@ class Stage:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that an unroll depends on and `reset` goes back to; frozen weights are the module's own tensors."""
+        """Return all that an unroll depends on and `reset` goes back to; frozen weights are the module's own."""
         frozen = {name: p.detach() for name, p in self.structure.params.items() if name not in self.rule.names}
         return {
             "model": {**frozen, **self._tensors()},
