@@ -88,9 +88,7 @@ class Pipeline:
 
     def run(self) -> tuple[TrainedChain, Tensor]:
         """Return the trained models and the meta-loss, in the graph where there is one."""
-        with seeded(
-            self.seed, self.chain.device
-        ):  # an objective in train mode would draw new dropout masks at every call
+        with seeded(self.seed, self.chain.device):  # an objective in train mode draws new dropout masks at every call
             trained = self.chain.unroll(self.meta_params)
             loss = evaluate(self.objective, trained, self.batch, self.meta_params)
         self.on_run()

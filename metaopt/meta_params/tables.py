@@ -221,7 +221,7 @@ def select(meta_params: AnyMetaParameters, name: str | None, reader: str) -> Any
 
 
 def in_bounds(index: Tensor, size: int) -> bool:
-    """Whether all of `index` lies in [0, size); not asked of a captured graph, or of an accelerator, which would wait."""
+    """Whether all of `index` lies in [0, size); not asked in a captured graph, nor where it would wait."""
     if isinstance(index, FakeTensor) or not index.numel() or index.device.type != "cpu":
         return True
     return int(index.min()) >= 0 and int(index.max()) < size
