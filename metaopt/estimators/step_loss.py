@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class StepLoss:
     upstream: Upstream
     keys: Sequence[Key]
     settings: Hashable = None
+    value: Tensor | None = field(default=None, init=False)  # when it was last called
 
     @functools.cached_property
     def _tree(self) -> dict[str, Any]:
@@ -101,6 +102,12 @@ class StepLoss:
         held = str(pytree.tree_structure(self.record.params))
         return spec, held, tuple(self.keys), tuple(self.record.params), self.settings, *map(id, self.anchors)
 
+    def traced(self, record: StepRecord, context: Sequence[Tensor]) -> StepLoss:
+        """Return the same step of other tensors: stand-ins, in a trace."""
+        other = replace(self, record=record)
+        other.__dict__["_tree"] = self._split[1](context)
+        return other
+
     def replaying(self) -> AbstractContextManager[None]:
         """Return the random state in which the step's loss is evaluated."""
         return seeded(self.loop.seeds[self.t], self.loop.device)
@@ -123,7 +130,8 @@ class StepLoss:
             models[stage] = model.with_params({**own, **lent}, buffers=buffers)
         with self.lend({name: x for (stage, name), x in given.items() if stage is None}):
             at = (self.t, weights, tree["buffers"], self.lend.meta_params, models)
-            return self.loop.loss_at(*at, batches=tree["batches"])[0]
+            self.value = self.loop.loss_at(*at, batches=tree["batches"])[0]
+        return self.value
 
 
 def settings_of(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> Hashable:

@@ -163,17 +163,38 @@ class Sweep:
 
     def step_back(self, t: int, record: StepRecord, above: Below, others: dict[Key, Tensor]) -> Below:
         """Pull cotangents back through step t; those of `others` are added in place."""
+        given = [x.detach() for x in self.others.values()]
+        below, sums = self.product.take(self._pull_back, self.loss_of(t, record), given, above)
+        for key, cotangent in sums.items():
+            add(others, key, cotangent)
+        return below
+
+    def loss_of(self, t: int, record: StepRecord) -> StepLoss:
+        """Return step t's loss as a function."""
+        return StepLoss(t, record, self.loop, self._lend, self._plain, list(self.others), self._settings)
+
+    def _pull_back(
+        self, product: Product, loss: StepLoss, given: Sequence[Tensor], above: Below
+    ) -> tuple[Below, dict[Key, Tensor]]:
+        """Pull cotangents back through a step: linearize its loss, pull back the update, then the gradient."""
+        record, sums = loss.record, dict[Key, Tensor]()
         wanted = Wanted(gradient=record.gradient is None, params=not self.first_order)
-        gradient, pullback = self.linearize(t, record, wanted)
+        gradient, pullback = self._linearized(product, loss, given, wanted)
         raw = record.gradient or dict(zip(record.params, gradient, strict=True))
-        below, of_gradient = self.update_back(t, record, raw, above, others)
-        return replace(below, params=added(below.params, pullback(of_gradient, others)))
+        meta = {name: x for (stage, name), x in zip(self.others, given, strict=True) if stage is None}
+        below, of_gradient, learned = update_vjp(self.loop, loss.t, record, raw, meta, self._lend, above)
+        for name, cotangent in learned.items():
+            add(sums, (None, name), cotangent)
+        return replace(below, params=added(below.params, pullback(of_gradient, sums))), sums
 
     def linearize(self, t: int, record: StepRecord, wanted: Wanted) -> tuple[Any, Any]:
         """Return step t's gradient, and (u, sums) ↦ u·∂²L/∂θ² by name; u·∂²L/∂θ∂others is added to `sums`."""
         given = [x.detach() for x in self.others.values()]
-        loss = StepLoss(t, record, self.loop, self._lend, self._plain, list(self.others), self._settings)
-        gradient, pull = self.product.linearize(loss, loss.params, given, wanted)
+        return self._linearized(self.product, self.loss_of(t, record), given, wanted)
+
+    def _linearized(self, product: Product, loss: StepLoss, given: Sequence[Tensor], wanted: Wanted) -> tuple[Any, Any]:
+        record = loss.record
+        gradient, pull = product.linearize(loss, loss.params, given, wanted)
 
         def pullback(cotangents: Mapping[str, Tensor], sums: dict[Key, Tensor] | None) -> Mapping[str, Tensor]:
             second, beside = pull([cotangents.get(name) for name in record.params])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -17,23 +18,33 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.diagnostics.meters import count_flops
 from metaopt.estimators import Captured, Checkpointed, DoubleBackward, FirstOrder, Neumann, OneStep, Unrolled
-from metaopt.estimators.products import captured
+from metaopt.estimators.products import captured, whole_step
 
 EXACT = 1e-12
+DECAY = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
 
 
-@pytest.fixture
-def captures(monkeypatch):
-    """A list that grows by one with each capture."""
+def counted(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with each capture of a module."""
     made: list[int] = []
-    make_fx = captured.make_fx
+    make_fx = module.make_fx
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         made.append(len(made))
         return make_fx(*args, **kwargs)
 
-    monkeypatch.setattr(captured, "make_fx", counting)
+    monkeypatch.setattr(module, "make_fx", counting)
     return made
+
+
+@pytest.fixture
+def _products_alone(monkeypatch):
+    monkeypatch.setattr(whole_step, "MOST_WEIGHTS", 0)
+
+
+@pytest.fixture
+def captures(monkeypatch, _products_alone):
+    return counted(captured, monkeypatch)
 
 
 def found(chain: metaopt.Chain, phi: Any) -> dict[str, Tensor]:
@@ -83,6 +94,60 @@ def test_a_captured_step_costs_fewer_flops():
     assert eager == pytest.approx(12, abs=0.4)
     assert replayed == pytest.approx(11, abs=0.4)
     assert replayed < eager
+
+
+# --- the whole step of a small model
+
+
+@pytest.mark.parametrize("store", ["states", "gradients", "recompute"])
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+def test_a_whole_step_is_captured_once_for_all_steps(optimizer, store, monkeypatch):
+    made = counted(whole_step, monkeypatch)
+    torch.manual_seed(1)
+    model, phi = Network(0.4, batch_norm=True), example_weights()
+    estimators = Unrolled(), Checkpointed(Captured(), store)
+    chains = [one_stage(model=model, optimizer=optimizer, num_steps=6, estimator=e) for e in estimators]
+    expected, first = found(chains[0], phi), found(chains[1], phi)
+    begun = len(made)  # the first step has no state, the last no cotangents of it; recompute may know the gradient
+    assert begun <= 4
+    assert relative_error(first, expected) < EXACT
+    assert relative_error(found(chains[1], phi), expected) < EXACT
+    assert len(made) == begun
+
+
+def test_a_whole_step_is_captured_anew_when_what_steers_it_changes(monkeypatch):
+    made, phi = counted(whole_step, monkeypatch), example_weights()
+    chains = [one_stage(optimizer=MOMENTUM, estimator=e) for e in (Unrolled(), Checkpointed(Captured()))]
+    for rate in (0.1, 0.3):
+        for chain in chains:
+            chain.stages["only"].optimizer.param_groups[0]["lr"] = rate
+        before = len(made)
+        assert relative_error(found(chains[1], phi), found(chains[0], phi)) < EXACT
+        assert len(made) > before
+
+
+@pytest.mark.parametrize("slots", [{"transform": metaopt.ClipNorm(0.1)}, {"schedule": DECAY}], ids=["clip", "decay"])
+def test_a_step_that_more_than_tensors_steer_is_not_captured_whole(slots, monkeypatch):
+    made, phi = counted(whole_step, monkeypatch), example_weights()
+    chains = [one_stage(estimator=e, **slots) for e in (Unrolled(), Checkpointed(Captured()))]
+    assert relative_error(found(chains[1], phi), found(chains[0], phi)) < EXACT
+    assert not made
+
+
+def test_a_whole_step_whose_first_result_is_wrong_is_dropped(monkeypatch):
+    make_fx = whole_step.make_fx
+
+    def spoilt(function: Any, **options: Any) -> Any:
+        def wrong(*inputs: Tensor) -> list[Tensor]:
+            value, *rest = function(*inputs)
+            return [value, *(2.0 * x for x in rest)]
+
+        return make_fx(wrong, **options)
+
+    monkeypatch.setattr(whole_step, "make_fx", spoilt)
+    chains, phi = [one_stage(estimator=e) for e in (Unrolled(), Checkpointed(Captured()))], example_weights()
+    for _ in range(2):
+        assert relative_error(found(chains[1], phi), found(chains[0], phi)) < EXACT
 
 
 # --- captured anew
@@ -198,6 +263,7 @@ def test_a_column_of_texts_costs_no_capture(captures):
     assert len(captures) == 1
 
 
+@pytest.mark.usefixtures("_products_alone")
 @pytest.mark.parametrize("which", [0, 1], ids=["gradient", "product"])
 def test_a_wrong_first_result_is_found_out(which, monkeypatch):
     """Of either of the two graphs: the one before u is known, and the one after."""

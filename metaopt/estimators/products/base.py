@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from metaopt.core.graphs import refuse_single_derivative
 from metaopt.estimators.step_loss import StepLoss
 
 Cotangents = list[Tensor | None]
+PullBack = Callable[["Product", StepLoss, Sequence[Tensor], Any], Any]  # the whole step, by a product
 Pullback = Callable[[Sequence[Tensor | None]], tuple[Cotangents, Cotangents]]
 
 
@@ -37,6 +39,10 @@ class Product(ABC):
     exact = True
     replays = False  # something captured before, which must be told when it is stale
     uses_known_gradient = True  # a gradient that a store has, it need not compute; so stores keep it
+
+    def take(self, pull_back: PullBack, loss: StepLoss, others: Sequence[Tensor], above: Any) -> Any:
+        """Return what `pull_back(self, loss, others, above)` does: cotangents below a whole step, and of `others`."""
+        return pull_back(self, loss, others, above)
 
     @abstractmethod
     def linearize(

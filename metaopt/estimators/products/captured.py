@@ -5,12 +5,23 @@ from __future__ import annotations
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaopt.estimators.products.base import Cotangents, DoubleBackward, Product, Pullback, Wanted, leaves, linearized
+from metaopt.estimators.products.base import (
+    Cotangents,
+    DoubleBackward,
+    Product,
+    PullBack,
+    Pullback,
+    Wanted,
+    leaves,
+    linearized,
+)
+from metaopt.estimators.products.whole_step import WholeSteps
 from metaopt.estimators.step_loss import StepLoss
 
 MOST_PROGRAMS = 16  # shapes, stages; the program used longest ago is dropped
@@ -36,9 +47,15 @@ class Captured(Product):
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
         self._changes: Counter[Hashable] = Counter()
         self._warned: set[str] = set()
+        self._steps = WholeSteps()
 
     def __repr__(self) -> str:
         return "Captured()"
+
+    def take(self, pull_back: PullBack, loss: StepLoss, others: Sequence[Tensor], above: Any) -> Any:
+        """Replay the whole step of a small model, its update included; otherwise its product alone."""
+        found = self._steps.take(pull_back, loss, others, above)
+        return pull_back(self, loss, others, above) if found is None else found
 
     def linearize(
         self, loss: StepLoss, params: Sequence[Tensor], others: Sequence[Tensor], wanted: Wanted

@@ -1,0 +1,121 @@
+"""A whole step of a sweep as one captured graph: gradient, update and the pull-back of both."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from metaopt.base.streams import set_seed
+from metaopt.estimators.products.base import DoubleBackward, PullBack
+from metaopt.estimators.step_loss import StepLoss
+from metaopt.estimators.storage import StepRecord
+from metaopt.optimizers.kinds import SUPPORTED
+
+MOST_WEIGHTS = 2**16  # of a model whose operations are so short that calling them is what takes the time
+MOST_STEPS = 16
+
+
+@dataclass
+class _Step:
+    """A captured step: its graph, the structure of what it returns, and whether its first result was compared."""
+
+    graph: fx.GraphModule
+    spec: pytree.TreeSpec
+    checked: bool = False
+
+
+class WholeSteps:
+    """The captured steps of a product, by all that steers them and is no tensor; None for what cannot be captured.
+
+    A step is captured where nothing but tensors differs from step to step: one of torch's own optimizers, without
+    transform, schedule and overrides. Its loss must be the one that the forward had, or its product is taken instead.
+    """
+
+    def __init__(self) -> None:
+        self._steps: OrderedDict[Hashable, _Step | None] = OrderedDict()
+        self._last: tuple[Any, ...] | None = None  # sweep, structure, key: what the next step is likely to have
+
+    def take(self, pull_back: Any, loss: StepLoss, others: Sequence[Tensor], above: Any) -> Any:
+        """Return the cotangents below a step, and of `others`, by its captured graph; None if it has none."""
+        loop, record = loss.loop, loss.record
+        own = type(loop.rule.optimizer) in SUPPORTED and loop.transform is None and not loss.obstacle
+        if not own or sum(x.numel() for x in loss.params) > MOST_WEIGHTS:
+            return None
+        if loop.hyperparameters(loss.t, loss.lend.meta_params):
+            return None
+        held = (record.params, record.state, record.gradient, above.params, above.state, tuple(others), loss.context)
+        parts, spec = pytree.tree_flatten(held)
+        tensors = [x for x in parts if isinstance(x, Tensor)]
+        shape = spec, [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in parts]
+        key = self._key(pull_back, loss, shape)
+        if key not in self._steps:
+            self._steps[key] = self._captured(pull_back, loss, above, parts, spec)
+            if len(self._steps) > MOST_STEPS:
+                self._steps.popitem(last=False)
+        step = self._steps[key]
+        if step is None:
+            return None
+        with torch.no_grad():
+            set_seed(loop.seeds[loss.t], loop.device)
+            value, *found = step.graph(*tensors)
+        if record.loss is not None and not torch.allclose(value, record.loss, equal_nan=True):
+            self._steps[key] = None  # more than tensors has changed: its product sees what
+            return None
+        params, state, sums = pytree.tree_unflatten(found, step.spec)
+        result = type(above)(params, state), sums
+        if not step.checked:
+            right = pull_back(DoubleBackward(), loss, others, above)
+            self._steps[key] = replace(step, checked=True) if _alike(result, right) else None
+            return right
+        return result
+
+    def _key(self, pull_back: Any, loss: StepLoss, shape: Any) -> Hashable:
+        sweep, known = pull_back.__self__, self._last
+        if known is None or known[0]() is not sweep or known[1] != shape:
+            signature = loss.signature, sweep.first_order, repr(loss.loop.rule.groups), str(shape)
+            self._last = known = weakref.ref(sweep), shape, signature
+        return known[2]
+
+    def _captured(
+        self, pull_back: PullBack, loss: StepLoss, above: Any, parts: Sequence[Any], spec: pytree.TreeSpec
+    ) -> _Step | None:
+        made: list[pytree.TreeSpec] = []
+
+        def whole(*inputs: Tensor) -> list[Tensor]:
+            given = iter(inputs)
+            rebuilt = [next(given) if isinstance(x, Tensor) else x for x in parts]
+            params, state, gradient, of_params, of_state, others, context = pytree.tree_unflatten(rebuilt, spec)
+            record = StepRecord(params, state, loss.record.buffers, gradient)
+            traced = loss.traced(record, context)
+            with torch.enable_grad():
+                below, sums = pull_back(DoubleBackward(), traced, others, type(above)(of_params, of_state))
+            out, structure = pytree.tree_flatten((below.params, below.state, sums))
+            made.append(structure)
+            assert traced.value is not None
+            return [traced.value.detach().clone(), *out]
+
+        try:
+            graph = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                *[x for x in parts if isinstance(x, Tensor)]
+            )
+        except Exception:  # the product says why, when it meets the same
+            return None
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return _Step(graph, made[-1])
+
+
+def _alike(found: Any, right: Any) -> bool:
+    """Whether two results are equal but for rounding."""
+    one, other = (pytree.tree_leaves((below.params, below.state, sums)) for below, sums in (found, right))
+    return len(one) == len(other) and all(
+        torch.allclose(a.to_dense(), b.to_dense(), rtol=1e-4, equal_nan=True) for a, b in zip(one, other, strict=True)
+    )
