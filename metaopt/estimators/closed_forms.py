@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from metaopt.optimizers.flattened import Block, JointStep
 from metaopt.optimizers.kinds import carries_gradient, per_element
@@ -67,7 +68,7 @@ def adam(
     root = ((state["exp_avg_sq"] * beta2).addcmul_(g, g, value=1 - beta2) if state else (g * g).mul_(1 - beta2)).sqrt_()
     denominator = root + given["eps"] * root_of_correction
     ratio = moved / denominator
-    slope = mean.mul_(ratio).div_(denominator).div_(root).masked_fill_(root == 0, 0.0)
+    slope = mean.mul_(ratio).div_(denominator).div_(threshold(root, 0.0, torch.inf))  # 0 where the root is
     of_mean = _plus(above.get("exp_avg"), ratio, -scale)
     of_square = _plus(above.get("exp_avg_sq"), slope, scale / 2)
     of_gradient = (of_mean * (1 - beta1)).addcmul_(g, of_square, value=2 * (1 - beta2))

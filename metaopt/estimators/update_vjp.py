@@ -136,9 +136,9 @@ def _joint_vjp(
     if not above:
         return out
     params, gradients, state = block.join(record.params), block.join(gradient).detach(), block.join(record.state)
-    pull: Callable[..., Pieces] = functools.partial(by_graph, learned=learned) if learned else by_graph
-    if cls is not None:
-        pull = closed_form(cls, step, params, state, above, by_graph) or by_graph
+    formula = closed_form(cls, step, params, state, above, by_graph) if cls is not None else None
+    pull: Callable[..., Pieces] = formula or functools.partial(by_graph, learned=learned)
+    fresh = torch.empty_like if formula else torch.zeros_like  # a graph may lack a piece, a formula gives every one
     size = params.numel() if block.flat else 0
     for start in range(0, max(size, 1), MOST_ELEMENTS):
         elements = slice(start, min(start + MOST_ELEMENTS, size)) if size > MOST_ELEMENTS else None
@@ -150,9 +150,8 @@ def _joint_vjp(
 
         own = part({"param": params, "gradient": gradients})
         here = {k: u for k, u in above.items() if start == 0 or per_element(k, u)}  # what is shared counts once
-        for (kind, key), cotangent in pull(
-            step, own["param"], own["gradient"], part(state), part(here), elements
-        ).items():
+        found = pull(step, own["param"], own["gradient"], part(state), part(here), elements)
+        for (kind, key), cotangent in found.items():
             if cotangent is None:
                 continue
             if kind == "learned":
@@ -161,7 +160,7 @@ def _joint_vjp(
                 add(out, (kind, key), cotangent)
             else:
                 if (kind, key) not in out:
-                    out[kind, key] = torch.zeros_like(params)
+                    out[kind, key] = fresh(params)
                 out[kind, key][elements] = cotangent
     return out
 
