@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import Lending
 from metaopt.core.view import Tensors
+from metaopt.estimators.closed_forms import GRADIENT, PARAM, Key, Pieces, closed_form
 from metaopt.estimators.products.base import leaves, linearized
 from metaopt.estimators.storage import StepRecord
 from metaopt.optimizers.flattened import Block, Joined, JointStep, but
 from metaopt.optimizers.kinds import carries_gradient, per_element
 
-MOST_ELEMENTS = 2**16  # of what a step computes between: it stays in the processor's cache, and below the model's size
+MOST_ELEMENTS = 2**17  # of what a step computes between: it stays in the processor's cache, and below the model's size
 
 
 @dataclass
@@ -57,12 +60,13 @@ def update_vjp(
         given = loop.transformed({**gradient, **raw} if raw else gradient)
         hyperparameters = loop.hyperparameters(t, lend.meta_params)
         read = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(hyperparameters))
+        cls = type(loop.rule.optimizer)
         steps = list(loop.rule.parts(record.params, given, record.state, hyperparameters))
         above_state = _by_block([step.block for step in steps], above.state)
         params, state, of_gradient = {}, {}, {}
         for step in steps:
             weights = _weights(step.block, record.params, above.params, above_state)
-            found = _joint_vjp(step, record, given, weights, learned if read else {}, of_learned)
+            found = _joint_vjp(step, record, given, weights, learned if read else {}, of_learned, None if read else cls)
             params[step.block], of_gradient[step.block] = found.pop(PARAM, None), found.pop(GRADIENT, None)
             state[step.block] = {key: cotangent for (_, key), cotangent in found.items()}
         gradients = _joined(of_gradient, {})
@@ -114,42 +118,40 @@ def _weights(block: Block, params: Tensors, above: Mapping[str, Tensor], state: 
     return weights
 
 
-PARAM, GRADIENT = ("param", ""), ("gradient", "")
-
-
 def _joint_vjp(
     step: JointStep,
     record: StepRecord,
     gradient: Mapping[str, Tensor | None],
-    weights: Mapping[str, Tensor],
+    above: Mapping[str, Tensor],
     learned: Tensors,
     of_learned: Tensors,
-) -> dict[tuple[str, str], Tensor]:
+    cls: type[Optimizer] | None,
+) -> dict[Key, Tensor]:
     """Return the cotangents of what goes into one joint step, by (kind, key); add those of `learned` to the sums.
 
-    It is taken on so many elements at a time that what it computes between is never as large as the model.
+    It is taken on so many elements at a time that what it computes between is never as large as the model, and by the
+    formula of the class if one is given and has one.
     """
-    block, out = step.block, dict[tuple[str, str], Tensor]()
-    if not weights:
+    block, out = step.block, dict[Key, Tensor]()
+    if not above:
         return out
     params, gradients, state = block.join(record.params), block.join(gradient).detach(), block.join(record.state)
+    formula = closed_form(cls, step, params, state, above, by_graph) if cls is not None else None
+    pull: Callable[..., Pieces] = formula or functools.partial(by_graph, learned=learned)
+    fresh = torch.empty_like if formula else torch.zeros_like  # a graph may lack a piece, a formula gives every one
     size = params.numel() if block.flat else 0
     for start in range(0, max(size, 1), MOST_ELEMENTS):
-        elements = slice(start, start + MOST_ELEMENTS) if size > MOST_ELEMENTS else None
+        elements = slice(start, min(start + MOST_ELEMENTS, size)) if size > MOST_ELEMENTS else None
 
-        def part(key: str, value: Any, elements: slice | None = elements) -> Any:
-            return value if elements is None or not per_element(key, value) else value[elements]
+        def part(values: Mapping[str, Any], elements: slice | None = elements) -> Mapping[str, Any]:
+            if elements is None:
+                return values
+            return {key: value[elements] if per_element(key, value) else value for key, value in values.items()}
 
-        inputs = dict(zip((PARAM, GRADIENT), leaves([part("", params), part("", gradients)]), strict=True))
-        own = {key: part(key, value) for key, value in state.items()}
-        kept = as_leaves({key: value for key, value in own.items() if carries_gradient(key, value)})
-        after, state_after = step(inputs[PARAM], inputs[GRADIENT], {**own, **kept}, elements)
-        inputs |= {("state", key): value for key, value in kept.items()}
-        inputs |= {("learned", name): value for name, value in learned.items()}
-        here = {k: w for k, w in weights.items() if start == 0 or per_element(k, w)}  # what is shared counts once
-        outputs = [state_after[key] if key else after for key in here]
-        found = linearized(outputs, [part(k, w) for k, w in here.items()], list(inputs.values()), bool(learned))
-        for (kind, key), cotangent in zip(inputs, found, strict=True):
+        own = part({"param": params, "gradient": gradients})
+        here = {k: u for k, u in above.items() if start == 0 or per_element(k, u)}  # what is shared counts once
+        found = pull(step, own["param"], own["gradient"], part(state), part(here), elements)
+        for (kind, key), cotangent in found.items():
             if cotangent is None:
                 continue
             if kind == "learned":
@@ -157,8 +159,31 @@ def _joint_vjp(
             elif elements is None or not per_element(key, cotangent):
                 add(out, (kind, key), cotangent)
             else:
-                out.setdefault((kind, key), torch.zeros_like(params))[elements] = cotangent
+                if (kind, key) not in out:
+                    out[kind, key] = fresh(params)
+                out[kind, key][elements] = cotangent
     return out
+
+
+def by_graph(
+    step: JointStep,
+    param: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Any],
+    above: Mapping[str, Tensor],
+    elements: slice | None,
+    learned: Tensors | None = None,
+) -> Pieces:
+    """Return the cotangents of what goes into a joint step (of these elements), by differentiating it."""
+    learned = learned or {}
+    inputs = dict(zip((PARAM, GRADIENT), leaves([param, gradient]), strict=True))
+    kept = as_leaves({key: value for key, value in state.items() if carries_gradient(key, value)})
+    after, state_after = step(inputs[PARAM], inputs[GRADIENT], {**state, **kept}, elements)
+    inputs |= {("state", key): value for key, value in kept.items()}
+    inputs |= {("learned", name): value for name, value in learned.items()}
+    outputs = [state_after[key] if key else after for key in above]
+    found = linearized(outputs, list(above.values()), list(inputs.values()), bool(learned))
+    return dict(zip(inputs, found, strict=True))
 
 
 def add(sums: dict[Any, Tensor], key: Any, cotangent: Tensor | None) -> None:

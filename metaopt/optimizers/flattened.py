@@ -125,23 +125,30 @@ class JointStep:
     """
 
     def __init__(self, block: Block, torch_step: TorchStep, group: Group) -> None:
-        self.block, self._torch_step, self._group = block, torch_step, group
+        self.block, self._torch_step, self.group = block, torch_step, group
 
     def __call__(
         self, param: Tensor, gradient: Tensor, state: Mapping[str, Any], elements: slice | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the joint parameters (or these elements of them) and their state after the step, in its graph."""
-        after, state_after = self._torch_step(param, gradient, state, self._group.hyperparameters)
-        if self._group.rates is None:
+        after, state_after = self._torch_step(param, gradient, state, self.group.hyperparameters)
+        if self.group.rates is None:
             return after, state_after
-        rate = self._rate(self._group.rates, param)
-        if elements is not None and isinstance(rate, Tensor) and rate.dim():
-            rate = rate[elements]
-        return param + rate * (after - param), state_after
+        return param + self.rate(param, elements) * (after - param), state_after
 
-    def _rate(self, by_name: Mapping[str, Any], param: Tensor) -> Any:
-        rates = [by_name[name] for name in self.block.names]
+    def rate(self, param: Tensor, elements: slice | None = None) -> Any:
+        """Return the rate of the joint parameters (or of these elements of them): one, or a tensor of each one's."""
+        if self.group.rates is None:
+            return self.group.hyperparameters["lr"]
+        rates = [self.group.rates[name] for name in self.block.names]
         if all(rate is rates[0] for rate in rates):
             return rates[0]
-        each = (torch.as_tensor(rate, dtype=param.dtype, device=param.device) for rate in rates)
-        return torch.cat([rate.reshape(1).expand(n) for rate, n in zip(each, self.block.sizes, strict=True)])
+        end, each = 0, []
+        for rate, size in zip(rates, self.block.sizes, strict=True):
+            start, end = end, end + size
+            if elements is not None:
+                size = min(end, elements.stop) - max(start, elements.start)
+            if size > 0:
+                rate = torch.as_tensor(rate, dtype=param.dtype, device=param.device)
+                each.append(rate.reshape(1).expand(size))
+        return torch.cat(each)

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from networks import Gained
 from plain_runs import Recipe, assert_proven, batches, example_weights, hypergradient, meta_loss, weights_of, without
 from reference import relative_error
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import lr_scheduler
 
@@ -135,6 +135,27 @@ def test_clipping_what_is_small_changes_nothing():
     assert metaopt.ClipNorm(1.0)({}) == {}
     torch.testing.assert_close(metaopt.ClipNorm(1.0)(gradients)["a"], torch.tensor([0.6, 0.8]))
     assert metaopt.ClipValue(3.5)(gradients)["a"].tolist() == [3.0, 3.5]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
+def test_the_adjoint_of_clipping_by_norm_can_be_differentiated_once_more(scale):
+    """At gradients of 0, below the norm and above it: against central differences, and autograd's own adjoint."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((), (3,), (2, 2))]
+    at = [(scale * x).requires_grad_() for x in drawn]
+
+    def clipped(*gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(metaopt.ClipNorm(0.5)(dict(enumerate(gradients))).values())  # type: ignore[arg-type]
+
+    def plainly(*gradients: Tensor) -> tuple[Tensor, ...]:
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        return tuple(g * (0.5 / (norm + 1e-6)).clamp(max=1.0) for g in gradients)
+
+    assert torch.autograd.gradcheck(clipped, at)
+    assert not scale or torch.autograd.gradgradcheck(clipped, at)
+    if scale:
+        for x, y in zip(*(torch.autograd.grad(f(*at), at, drawn) for f in (clipped, plainly)), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("make", [lambda: metaopt.ClipNorm(0.0), lambda: metaopt.ClipValue(-1.0)])
