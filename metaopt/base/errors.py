@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class MetaoptError(Exception):
@@ -28,7 +29,11 @@ class MissingPathError(MetaoptError, RuntimeError):
 
 
 class NonFiniteError(MetaoptError, FloatingPointError):
-    """A loss, gradient or hypergradient that is NaN or infinite."""
+    """A loss, gradient or hypergradient that is NaN or infinite; `training` is what to run again to see where."""
+
+    def __init__(self, text: str, training: Any = None) -> None:
+        super().__init__(text)
+        self.training = training
 
 
 def did_you_mean(name: str, known: Iterable[str], others: bool = True) -> str:

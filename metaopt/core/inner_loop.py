@@ -32,7 +32,6 @@ from metaopt.core.contracts import (
 )
 from metaopt.core.graphs import refuse_graph, refuse_single_derivative
 from metaopt.core.meta_params import AnyMetaParameters, as_given
-from metaopt.core.plain import first_in_training
 from metaopt.core.view import Call, FunctionalModel, InnerModel, ModelStructure, Tensors, Training
 from metaopt.optimizers.flattened import State
 from metaopt.optimizers.rule import UpdateRule
@@ -231,18 +230,28 @@ class InnerLoop:
         else:
             finite = len(losses) % _LOOK_EVERY != 0 or bool(torch.stack(losses[-_LOOK_EVERY:]).isfinite().all())
         if not finite:
-            self._stop("an inner loss")
+            self._stop(losses)
 
-    def _stop(self, what: str) -> None:
-        first = None if self._started is None else first_in_training(self, *self._started)
-        raise NonFiniteError(f"stage {self.name!r}: {first or f'{what} is not finite'}")
+    def _stop(self, losses: Sequence[Tensor], what: str = "") -> None:
+        """Raise for the first loss that is not finite, or for what else is not."""
+        for t, loss in enumerate(losses):
+            if not math.isfinite(loss.item()):
+                what = f"the inner loss is {loss.item()} at inner step {t} of {self.num_steps}"
+                break
+        raise NonFiniteError(
+            f"stage {self.name!r}: {what}; lower the inner learning rate, or clip: Stage(..., "
+            "transform=metaopt.ClipNorm(1.0)). metaopt.locate_non_finite(...) says what is not finite first",
+            self._started and (self, *self._started),
+        )
 
     def finish(self, params: Tensors, buffers: Tensors, state: State, losses: Sequence[Tensor]) -> InnerResult:
         """Check that every inner loss and weight is finite, and wrap up the trained model."""
         values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
-        for what, tensor in (("an inner loss", values), *((f"parameter {name!r}", p) for name, p in params.items())):
+        for what, tensor in {"": values, **params}.items():
             if not bool(tensor.detach().isfinite().all()):
-                self._stop(what)
+                self._stop(
+                    losses, f"parameter {what!r} is not finite after {self.num_steps} inner steps of {self.num_steps}"
+                )
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
         model = self.trained_model({**self.frozen, **params}, buffers, detached)
         return InnerResult(model, values)

@@ -20,7 +20,7 @@ from metaopt.base.errors import ConfigError, StageError
 from metaopt.optimizers.flattened import Block, Joined, JointStep, State, Tensors, but, named
 from metaopt.optimizers.hyperparameters import Group, Overrides, check_overrides, in_graph, with_overrides
 from metaopt.optimizers.kinds import kind_of, per_element
-from metaopt.optimizers.step import GROUP, TorchStep, honours_differentiable, number, shallow
+from metaopt.optimizers.step import GROUP, TorchStep, number, shallow
 
 
 class UpdateRule:
@@ -160,91 +160,10 @@ class UpdateRule:
         for group, members in zip(self.optimizer.param_groups, self._members, strict=True):
             for name in members:
                 self.optimizer.state.pop(self._params[name], None)
-                _load(self.optimizer, group, self._params[name], state.get(name, {}))
+                load_state(self.optimizer, group, self._params[name], state.get(name, {}))
 
 
-class InPlace:
-    """Torch's own optimizer over copies of the weights, joined where its step allows: the update without a graph.
-
-    `params` has them by name: leaves that require grad, which a step moves.
-    """
-
-    params: dict[str, Tensor]
-
-    def __init__(self, rule: UpdateRule, params: Tensors, state: State) -> None:
-        self._rule, self._overridden = rule, False
-        self._bind(params, state)
-
-    def _bind(self, params: Tensors, state: State, apart: bool = False) -> None:
-        """Copy weights and state into an optimizer of their own, each parameter `apart` if asked to."""
-        rule = self._rule
-        self._joint: dict[Block, Tensor] = {}
-        for group in rule.groups:
-            for names in [(name,) for name in group.names] if apart else [group.names]:
-                for block in rule.blocks(names, params, state):
-                    self._joint[block] = block.join(params).detach().clone()
-        views = {name: view for block, joint in self._joint.items() for name, view in block.split(joint).items()}
-        self.params = {name: views[name].detach().requires_grad_() for name in rule.names}
-        self._optimizer = shallow(rule.optimizer, [])
-        self._group({})
-        for group in self._optimizer.param_groups:
-            for joint in group["params"]:
-                block = next(block for block, tensor in self._joint.items() if tensor is joint)
-                _load(self._optimizer, group, joint, block.join(state))
-
-    def _group(self, overrides: Overrides) -> None:
-        """Give the optimizer its groups with the hyperparameters of one step, as plain values."""
-        rule, written = self._rule, self._written()
-        self._optimizer.param_groups = []
-        for group in with_overrides(rule.groups, overrides):
-            params = [joint for block, joint in self._joint.items() if block.names[0] in group.names]
-            given = {key: number(group.hyperparameters[key]) for key in overrides}
-            own = written.get(params[0], {}) if params else {}
-            self._optimizer.param_groups.append({**group.hyperparameters, **given, **own, "params": params})
-
-    def _written(self) -> dict[Tensor, dict[str, Any]]:
-        """Return what a step has written into the group of each tensor."""
-        groups, keys = self._optimizer.param_groups, self._rule.written
-        return {p: {k: group[k] for k in keys if k in group} for group in groups for p in group["params"]}
-
-    def join(self, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
-        """Return gradients as the weights are held, if there are all."""
-        if any(gradient is None for gradient in gradients.values()):
-            return gradients
-        return Joined({block: block.join(gradients) for block in self._joint}, {})
-
-    def step(self, gradients: Mapping[str, Tensor | None], overrides: Overrides) -> None:
-        """Let the optimizer step; a parameter without a gradient stays as it is."""
-        if overrides:
-            self._rule.check_overrides(overrides)
-        by_name = any(isinstance(value, Mapping) for value in overrides.values())
-        complete = isinstance(gradients, Joined) or not any(gradient is None for gradient in gradients.values())
-        if (by_name or not complete) and any(len(block.names) > 1 for block in self._joint):
-            self._bind(self.params, self.state(), apart=True)
-        if overrides or self._overridden:
-            self._group(overrides)
-            self._overridden = bool(overrides)
-        to_change = not honours_differentiable(self._rule.optimizer)  # a step may write into it (torch's never do)
-        for block, joint in self._joint.items():
-            given = block.join(gradients) if complete or gradients[block.names[0]] is not None else None
-            joint.grad = given.clone() if to_change and given is not None else given
-        self._optimizer.step()
-
-    def weights(self) -> Tensors:
-        """Return copies of the present weights."""
-        return Joined({block: joint.detach().clone() for block, joint in self._joint.items()}, {})
-
-    def state(self) -> State:
-        """Return a copy of the present state, with what was written into the groups."""
-        written = self._written()
-        pieces = {}
-        for block, joint in self._joint.items():
-            of_group = {GROUP + key: value for key, value in written[joint].items()}
-            pieces[block] = copied({**self._optimizer.state.get(joint, {}), **of_group})
-        return Joined(pieces, {})
-
-
-def _load(optimizer: Optimizer, group: dict[str, Any], param: Tensor, entry: Mapping[str, Any]) -> None:
+def load_state(optimizer: Optimizer, group: dict[str, Any], param: Tensor, entry: Mapping[str, Any]) -> None:
     """Put one parameter's state into an optimizer, and what belongs there into its group."""
     own = copied(entry)
     for key in [key for key in own if key.startswith(GROUP)]:
