@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from metaopt.base.errors import ConfigError, StageError, did_you_mean
 from metaopt.base.streams import move
 from metaopt.core.contracts import InnerLoss, OnStep
-from metaopt.core.graphs import sign
 from metaopt.core.guards import note_moved_buffers, refuse_unusable
 from metaopt.core.inner_loop import InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, as_named, named_tensors
 from metaopt.core.plain import train_plainly
 from metaopt.core.stage import Stage
+from metaopt.core.unrolled import sign
 from metaopt.core.view import FunctionalModel, Models, held
 
 

@@ -33,8 +33,7 @@ from metaopt.core.contracts import (
 from metaopt.core.graphs import refuse_graph, refuse_single_derivative
 from metaopt.core.meta_params import AnyMetaParameters, as_given
 from metaopt.core.view import Call, FunctionalModel, InnerModel, ModelStructure, Tensors, Training
-from metaopt.optimizers.flattened import State
-from metaopt.optimizers.rule import UpdateRule
+from metaopt.optimizers.rule import State, UpdateRule
 
 _LOOK_EVERY = 16  # steps between two looks at the losses on an accelerator
 
@@ -244,7 +243,9 @@ class InnerLoop:
             self._started and (self, *self._started),
         )
 
-    def finish(self, params: Tensors, buffers: Tensors, state: State, losses: Sequence[Tensor]) -> InnerResult:
+    def finish(
+        self, params: Mapping[str, Tensor], buffers: Tensors, state: State, losses: Sequence[Tensor]
+    ) -> InnerResult:
         """Check that every inner loss and weight is finite, and wrap up the trained model."""
         values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
         for what, tensor in {"": values, **params}.items():

@@ -12,10 +12,9 @@ from torch import Tensor
 from metaopt.core.contracts import Gradients, OnStep, Upstream
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import Models, Tensors
-from metaopt.optimizers.flattened import Block, Joined, State
 from metaopt.optimizers.hyperparameters import Overrides, with_overrides
-from metaopt.optimizers.rule import GROUP, copied, load_state
-from metaopt.optimizers.step import honours_differentiable, number, shallow
+from metaopt.optimizers.rule import Block, Joined, State, copied, load_state
+from metaopt.optimizers.step import GROUP, honours_differentiable, number, shallow
 
 if TYPE_CHECKING:
     from metaopt.core.inner_loop import InnerLoop, InnerResult

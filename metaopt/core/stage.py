@@ -32,10 +32,10 @@ from metaopt.core.meta_params import AnyMetaParameters, as_given
 from metaopt.core.plain import train_plainly
 from metaopt.core.unrolled import Unrolled
 from metaopt.core.view import ModelStructure
-from metaopt.optimizers.kinds import per_element
-from metaopt.optimizers.rule import UpdateRule, make_optimizer
+from metaopt.optimizers.kinds import make_optimizer
+from metaopt.optimizers.rule import UpdateRule
 from metaopt.optimizers.schedules import Schedule
-from metaopt.optimizers.step import attributes, with_attributes
+from metaopt.optimizers.step import attributes, per_element, with_attributes
 
 ModelOrFactory = nn.Module | Callable[[], nn.Module]
 OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]

@@ -20,10 +20,11 @@ from metaopt.base.errors import NonFiniteError
 from metaopt.base.streams import Passing
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import Upstream
-from metaopt.core.graphs import entries, nodes
+from metaopt.core.graphs import nodes
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, named_tensors
 from metaopt.core.plain import PlainSteps
+from metaopt.core.unrolled import entries
 from metaopt.core.view import Models, Tensors
 from metaopt.estimators.products.base import DoubleBackward, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.step_loss import Key, StepLoss
@@ -85,13 +86,17 @@ def locating_in_training() -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        if error.training is None:
-            raise
-        loop = error.training[0]
-        first = _first_in_training(*error.training)
-        if isinstance(loop.batches, Passing):
-            loop.batches.rewind()
-        raise NonFiniteError(f"stage {loop.name!r}: {first}") if first else error from None
+        raise located_in_training(error) from None
+
+
+def located_in_training(error: NonFiniteError) -> NonFiniteError:
+    """Return the error of a training with what stopped being finite first, if it can be run again."""
+    if error.training is None:
+        return error
+    loop, first = error.training[0], _first_in_training(*error.training)
+    if isinstance(loop.batches, Passing):
+        loop.batches.rewind()
+    return NonFiniteError(f"stage {loop.name!r}: {first}") if first else error
 
 
 def _first_in_training(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> str | None:

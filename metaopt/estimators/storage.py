@@ -18,7 +18,7 @@ from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.plain import PlainSteps
 from metaopt.core.view import Tensors
 from metaopt.estimators.places import PLACES, Place, PlaceName, make_place, put_tree
-from metaopt.optimizers.flattened import State
+from metaopt.optimizers.rule import State
 
 log = logging.getLogger("metaopt")
 Kept = Literal["states", "gradients", "recompute"]

@@ -15,8 +15,8 @@ from metaopt.core.meta_params import Lending
 from metaopt.core.view import Tensors
 from metaopt.estimators.products.base import leaves, linearized
 from metaopt.estimators.storage import StepRecord
-from metaopt.optimizers.flattened import Block, Joined, JointStep, but
-from metaopt.optimizers.kinds import carries_gradient, per_element
+from metaopt.optimizers.rule import Block, Joined, JointStep, but
+from metaopt.optimizers.step import carries_gradient, per_element
 
 MOST_ELEMENTS = 2**16  # of what a step computes between: it stays in the processor's cache, and below the model's size
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaopt.base.errors import ConfigError, StageError
@@ -63,19 +63,6 @@ REFUSED = {
 }
 registered: dict[type[Optimizer], Kind] = {}
 
-# State that all parameters of one age share: 0-dim. Other state has its parameter's shape.
-COUNTERS = {"step", "mu_product", "eta", "mu"}
-
-
-def per_element(key: str, value: Any) -> bool:
-    """Whether a piece of optimizer state has the shape of its parameter."""
-    return isinstance(value, Tensor) and not (key in COUNTERS and value.dim() == 0)
-
-
-def carries_gradient(key: str, value: Any) -> bool:
-    """Whether a piece of optimizer state depends on what went in: all floating tensors but the count of steps."""
-    return isinstance(value, Tensor) and value.is_floating_point() and (key != "step" or value.dim() > 0)
-
 
 def kind_of(optimizer: Optimizer) -> Kind:
     """Return what is known of an optimizer's class.
@@ -117,3 +104,29 @@ def kind_of(optimizer: Optimizer) -> Kind:
                 f"metaopt.LearnedHyperparameters({key}=...) and Stage(..., overrides=metaopt.FromMeta())"
             )
     return kind
+
+
+def make_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
+    """Return the user's optimizer, or the one that a factory makes over the parameters that require grad."""
+    factory: Any = optimizer
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if not callable(optimizer):
+        raise ConfigError(
+            f"Stage: optimizer is a {type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), or "
+            "an optimizer over the model's parameters"
+        )
+    trained = NamedParameters((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    if not trained:
+        raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
+    built: Optimizer = factory(trained)
+    return built
+
+
+class NamedParameters(list):
+    """A plain list of parameters that knows their names: what a stage hands an optimizer's factory."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        pairs = list(named)
+        super().__init__(param for _, param in pairs)
+        self.names = [name for name, _ in pairs]

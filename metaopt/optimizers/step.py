@@ -220,6 +220,20 @@ def honours_differentiable(optimizer: Optimizer) -> bool:
     return "differentiable" in optimizer.defaults
 
 
+# State that all parameters of one age share: 0-dim. Other state has its parameter's shape.
+COUNTERS = {"step", "mu_product", "eta", "mu"}
+
+
+def per_element(key: str, value: Any) -> bool:
+    """Whether a piece of optimizer state has the shape of its parameter."""
+    return isinstance(value, Tensor) and not (key in COUNTERS and value.dim() == 0)
+
+
+def carries_gradient(key: str, value: Any) -> bool:
+    """Whether a piece of optimizer state depends on what went in: all floating tensors but the count of steps."""
+    return isinstance(value, Tensor) and value.is_floating_point() and (key != "step" or value.dim() > 0)
+
+
 GROUP = "group."  # state of this prefix is what a step has written into its group
 _PERFORMANCE = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from metaopt.base.errors import MissingPathError
 from metaopt.core.chain import Chain
 from metaopt.core.contracts import MetaObjective
-from metaopt.core.graphs import WHERE, signatures
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.core.unrolled import WHERE, signatures
 from metaopt.core.view import FunctionalModel
 from metaopt.diagnostics.paths.cuts import META_LOSS, Cut, Source
 from metaopt.diagnostics.paths.readings import Reading, read_chain
