@@ -61,13 +61,13 @@ from .losses.objectives import PipelineLoss as PipelineLoss
 from .losses.objectives import Sparsity as Sparsity
 from .losses.objectives import SumOfObjectives as SumOfObjectives
 from .losses.objectives import SurrogateLoss as SurrogateLoss
-from .losses.objectives import ValidationLoss as ValidationLoss
 from .losses.objectives import expected_error as expected_error
 from .losses.supervised import AugmentedLoss as AugmentedLoss
 from .losses.supervised import CrossEntropy as CrossEntropy
 from .losses.supervised import LabelSmoothing as LabelSmoothing
 from .losses.supervised import SoftTargetLoss as SoftTargetLoss
 from .losses.supervised import SumOfLosses as SumOfLosses
+from .losses.supervised import ValidationLoss as ValidationLoss
 from .losses.supervised import WeightedLoss as WeightedLoss
 from .meta_params.learned import FromMeta as FromMeta
 from .meta_params.learned import GaussianNoise as GaussianNoise

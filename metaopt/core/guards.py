@@ -1,17 +1,21 @@
-"""What is refused before any training: modules and tensors whose hypergradient would be wrong in silence."""
+"""What would make a hypergradient wrong in silence, in modules and tensors: refused, put right, or warned of."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
 
 from metaopt.base.errors import ConfigError, StageError
-from metaopt.core.view import FunctionalModel
+
+if TYPE_CHECKING:
+    from metaopt.core.view import FunctionalModel, Training
 
 
 def refuse_unsupported(module: nn.Module, stage: str) -> None:
@@ -99,7 +103,33 @@ def _problem_of_parameter(param: Tensor) -> str | None:
     return None
 
 
-# --- buffers that carry no graph --------------------------------------------------------------------------------
+class PlainWeightNorm(TorchFunctionMode):
+    """Weight norm by its formula `g v / ‖v‖`: torch's kernel takes ‖v‖ as a constant in the second derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+# --- what a trained model is used for ---------------------------------------------------------------------------
+
+
+def warn_of_other_inputs(trained: Training, now: frozenset[str], labelled: bool) -> None:
+    """Warn, once for the same names, if a call lacks what every call in training had."""
+    made = {"decoder_input_ids"} if labelled else set()  # by the model itself
+    if not now or not trained.read or any(names <= now | made for names in trained.read):
+        return
+    before = " or ".join(sorted(", ".join(sorted(names)) for names in trained.read))
+    trained.read.add(now)
+    warnings.warn(
+        f"stage {trained.stage!r} read {before} in training and reads {', '.join(sorted(now))} now: inputs that it "
+        f"never saw. Feed it as in training: metaopt.PipelineLoss({trained.stage!r}), objective=pipeline (a loss of "
+        "your own makes the student's inputs in student_inputs(...) of a metaopt.FromUpstream)",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def moved_buffers(model: FunctionalModel) -> list[str]:

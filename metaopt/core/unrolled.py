@@ -65,7 +65,7 @@ class _View(nn.Module):
         for i, param in enumerate(params.values()):
             self.register_parameter(f"p{i}", param)
 
-    def forward(self, run: Callable[[Sequence[Tensor]], Any]) -> Any:
+    def forward(self, run: Callable[[Sequence[Any]], Any]) -> Any:
         return run(list(self._parameters.values()))
 
 
@@ -118,14 +118,15 @@ higher.register_optim(_Optimizer, _TorchOptimizer)  # pyright: ignore[reportArgu
 def higher_loop(loop: InnerLoop) -> Iterator[tuple[Any, Any]]:
     """Open `higher.innerloop_ctx` over copies of a stage's trained parameters; release what it holds on leaving."""
     optimizer: Any = _Optimizer(loop)
-    with higher.innerloop_ctx(_View(loop.own), optimizer, copy_initial_weights=True) as (fmodel, opened):
-        opened_model: Any = fmodel
+    with higher.innerloop_ctx(_View(loop.own), optimizer, copy_initial_weights=True) as opened:
+        fmodel: Any = opened[0]
+        diffopt: Any = opened[1]
         try:
-            yield fmodel, opened
+            yield fmodel, diffopt
         finally:
-            opened_model._fast_params = []  # higher refers in circles to every step's weights, and they to their graph
-            opened_model._parameters.clear()
-            opened.release()
+            fmodel._fast_params = []  # higher refers in circles to every step's weights, and they to their graph
+            fmodel._parameters.clear()
+            diffopt.release()
 
 
 # --- where a stage's graph ends, and whose it is ----------------------------------------------------------------
