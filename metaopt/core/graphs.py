@@ -34,9 +34,6 @@ def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
     return (node.variable for node in nodes([loss]) if hasattr(node, "variable"))
 
 
-# --- what is refused --------------------------------------------------------------------------------------------
-
-
 def refuse_graph(loss: Tensor, owners: Mapping[int, str], stage: str) -> None:
     """Raise if an inner loss reaches weights in `owners`, past the copies in training, or recomputes its forward."""
     foreign = set()
@@ -88,15 +85,11 @@ def _operation(node: Any) -> str:
 
 
 def refuse_given_weights(loss: Tensor, stage: str) -> None:
-    """Raise if the first derivative of a loss takes weights as given that are computed from the losses.
-
-    It is no function's gradient then, and its Jacobian is not symmetric.
-    """
+    """Raise if the gradient of a loss takes weights made of the losses as given: its Jacobian is not symmetric."""
     if any(type(node).__name__ == "_GivenWeightsBackward" for node in nodes([loss])):
         raise StageError(
             f"stage {stage!r}: FiniteDifference takes the Jacobian of the inner gradient to be symmetric; with weights "
-            "computed from the losses (WeightNetwork), which that gradient takes as given, it is not. Use "
-            "product=metaopt.DoubleBackward()"
+            "computed from the losses (WeightNetwork) it is not. Use product=metaopt.DoubleBackward()"
         )
 
 
@@ -104,6 +97,5 @@ def refuse_second_derivative(node: str, instead: str) -> None:
     """Raise if the running backward is to leave a graph (create_graph=True), in which `node` would be missing."""
     if torch.is_grad_enabled():
         raise StageError(
-            f"{node}: create_graph=True asks for the hypergradient's own graph, and this node has none, so that a "
-            f"second derivative would leave it out; {instead}"
+            f"{node}: create_graph=True asks for the hypergradient's own graph, which this node leaves out; {instead}"
         )

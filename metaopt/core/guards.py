@@ -51,12 +51,9 @@ def _problem_of_module(m: Any) -> str | None:
         return "is a wrapper that runs copies of the weights in training; give the stage the module inside: `.module`"
     if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
         return _SHARDED
-    if hasattr(m, "_orig_mod"):
-        return "was compiled by torch.compile: no second derivative; give the stage the module inside: `._orig_mod`"
-    if getattr(m, "_compiled_call_impl", None) is not None or hasattr(
-        m.__dict__.get("forward"), "_torchdynamo_orig_callable"
-    ):
-        return "was compiled in place: no second derivative; give the stage an uncompiled module"
+    in_place = hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None or in_place:
+        return "was compiled, or compiled in place: no second derivative; give the stage the plain one (`._orig_mod`)"
     if isinstance(m, torch.jit.ScriptModule):
         return "was compiled by torch.jit, which no check can copy; give the Python module that it was made from"
     if getattr(m, "gradient_checkpointing", False) is True:
@@ -64,22 +61,16 @@ def _problem_of_module(m: Any) -> str | None:
             "uses gradient checkpointing, which recomputes after the trained weights are swapped back; call "
             "`model.activation_checkpointing_disable()` (`gradient_checkpointing_disable()` in older transformers)"
         )
-    if hooks & {"WeightNorm", "SpectralNorm"}:
+    if hooks & {"WeightNorm", "SpectralNorm", "BasePruningMethod"}:
         return (
-            "keeps a computed weight as an attribute (the old weight_norm or spectral_norm), which outlives the swap "
-            "of weights; use torch.nn.utils.parametrizations.weight_norm"
-        )
-    if "BasePruningMethod" in hooks:
-        return (
-            "keeps a computed weight as an attribute (pruning), which outlives the swap of weights; make it permanent: "
-            "torch.nn.utils.prune.remove(module, name)"
+            "keeps a computed weight as an attribute (pruning, the old weight_norm or spectral_norm), which outlives "
+            "the swap of weights; use torch.nn.utils.parametrizations.weight_norm, or prune.remove(module, name)"
         )
     spectral = isinstance(m, ParametrizationList) and any(type(part).__name__ == "_SpectralNorm" for part in m)
     if spectral and any(p.requires_grad for p in m.parameters()):
         return (
-            "is a spectral norm, whose power iteration has no graph, so that its part of the second derivative is "
-            "lost; register a parametrization that returns `weight / torch.linalg.matrix_norm(weight, 2)`, or "
-            "freeze the weight"
+            "is a spectral norm, whose power iteration has no graph, so that part of the second derivative is lost; "
+            "register a parametrization `weight / torch.linalg.matrix_norm(weight, 2)`, or freeze the weight"
         )
     if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.weight.requires_grad:
         if m.sparse:

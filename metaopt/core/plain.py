@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metaopt.base.streams import Passing
 from metaopt.core.contracts import Gradients, OnStep, Upstream
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import Models, Tensors
@@ -125,20 +126,25 @@ class PlainSteps:
 def train_plainly(
     loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream, on_step: OnStep | None = None
 ) -> InnerResult:
-    """Run the same steps with torch's own optimizer, keeping nothing."""
-    with torch.no_grad():
-        start = loop.start(loop.own, meta_params, upstream)
+    """Run the same steps with torch's own optimizer, keeping nothing; on failure a stream goes back."""
     models = Models({name: model.detach() for name, model in upstream.items()})
-    steps = PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
-    losses = []
-    with nullcontext() if on_step else loop.opened(upstream):  # what is called meanwhile may draw random numbers
-        for t in range(loop.num_steps):
-            loss, gradients = steps.gradient(t, (lambda loss, params: loop.check_graph(loss)) if t == 0 else None)
-            if t == 0:
-                loop.check_gradients(gradients)
-            steps.update(t, gradients)
-            losses.append(loss)
-            loop.watch(losses)
-            if on_step is not None:
-                on_step(loop.name, t, loss)
-    return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
+    losses: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            start = loop.start(loop.own, meta_params, upstream)
+        steps = PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
+        with nullcontext() if on_step else loop.opened(upstream):  # what is called meanwhile may draw random numbers
+            for t in range(loop.num_steps):
+                loss, gradients = steps.gradient(t, (lambda loss, params: loop.check_graph(loss)) if t == 0 else None)
+                if t == 0:
+                    loop.check_gradients(gradients)
+                steps.update(t, gradients)
+                losses.append(loss)
+                loop.watch(losses)
+                if on_step is not None:
+                    on_step(loop.name, t, loss)
+        return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
+    except BaseException:
+        if isinstance(loop.batches, Passing):
+            loop.batches.rewind()
+        raise

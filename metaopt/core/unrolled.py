@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, MissingPathError, NonFiniteError
 from metaopt.core.contracts import Estimator, Upstream, require_scalar
-from metaopt.core.graphs import nodes
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, TensorWeights, as_named, named_tensors
 from metaopt.core.view import FunctionalModel, Models
 from metaopt.optimizers.rule import Joined, State, named
 
-_OF = "trained by metaopt"  # in the metadata of the nodes of trained weights: chain, stage
+OF = "trained by metaopt"  # in the metadata of the nodes of trained weights: chain, stage
 
 
 class Unrolled(Estimator):
@@ -169,13 +168,7 @@ def sign(weights: Iterable[Tensor], chain: object, stage: str) -> None:
     """Note in the graph of trained weights whose they are, for an error that has nothing but the graph."""
     last: set[Any] = {weight.grad_fn for weight in weights} - {None}
     for node in last:
-        node.metadata[_OF] = (weakref.ref(chain), stage)
-
-
-def signatures(loss: Tensor) -> set[tuple[Any, str]]:
-    """Return (chain, stage) of the trained weights that a meta-loss reads in its graph, where the chain is alive."""
-    found = [node.metadata.get(_OF) for node in nodes([loss], ends=lambda node: _OF in node.metadata)]
-    return {(chain, stage) for reference, stage in filter(None, found) if (chain := reference()) is not None}
+        node.metadata[OF] = (weakref.ref(chain), stage)
 
 
 def entries(gradient: Tensor) -> Tensor:
@@ -197,8 +190,8 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
     tensors = named_tensors(meta_params)
     if not bool(meta_loss.isfinite()):
         raise NonFiniteError(
-            f"the meta-loss is {meta_loss.item()}: the trained models overflowed on the validation batch; "
-            "lower the inner learning rate or the number of inner steps. No meta-parameter was changed"
+            f"the meta-loss is {meta_loss.item()}: the trained models overflowed on the validation batch; lower the "
+            "inner learning rate or the number of inner steps. No meta-parameter was changed"
         )
     if not tensors:
         if any(isinstance(module, TensorWeights) for module in as_named(meta_params).values()):
@@ -216,8 +209,7 @@ def hypergradient(meta_loss: Tensor, meta_params: AnyMetaParameters, retain_grap
     if broken := [name for name, grad in found.items() if not bool(entries(grad).isfinite().all())]:
         raise NonFiniteError(
             f"the hypergradient of {', '.join(map(repr, broken))} is not finite though the meta-loss is "
-            f"{meta_loss.item():.6g}: look for a division by zero or a root at zero in a loss, or lower the inner "
-            "learning rate. metaopt.locate_non_finite(...) says where it arises. No meta-parameter was changed"
+            f"{meta_loss.item():.6g}; metaopt.locate_non_finite(...) says where it arises. Nothing was changed"
         )
     return found
 

@@ -260,11 +260,9 @@ class FunctionalModel:
         mode = "train" if self.training else "eval"
         return f"{type(self).__name__}({type(self.structure.module).__name__}, {len(self.params)} tensors, {mode})"
 
-    @contextmanager
-    def as_module(self) -> Iterator[nn.Module]:
+    def as_module(self) -> AbstractContextManager[nn.Module]:
         """Lend the user's module these weights, so that its own methods (`generate`) use them, in the graph."""
-        with self.structure.install(self.params, self._call_buffers(), self.training) as module:
-            yield module
+        return self.structure.install(self.params, self._call_buffers(), self.training)
 
     def train(self, mode: bool = True) -> FunctionalModel:
         """Return the same model as a view in train mode (dropout on, batch statistics)."""
@@ -282,14 +280,10 @@ class FunctionalModel:
         self, params: Mapping[str, Tensor], training: bool | None = None, buffers: Tensors | None = None
     ) -> FunctionalModel:
         """Return the same model with other weights, in its own mode and with its own buffers where none are given."""
-        return FunctionalModel(
-            self.structure,
-            params,
-            self.buffers if buffers is None else buffers,
-            training=self.training if training is None else training,
-            optimizer_state=self.optimizer_state,
-            trained=self.trained,
-        )
+        model = FunctionalModel(self.structure, params, self.buffers if buffers is None else buffers)
+        model.training = self.training if training is None else training
+        model.optimizer_state, model.trained = self.optimizer_state, self.trained
+        return model
 
 
 class Models(dict[str, FunctionalModel]):
@@ -297,31 +291,3 @@ class Models(dict[str, FunctionalModel]):
 
     def __missing__(self, name: str) -> FunctionalModel:
         raise ConfigError(f"there is no stage {name!r} to read here{did_you_mean(name, self)}")
-
-
-class InnerModel(FunctionalModel):
-    """The model inside its own inner step: in train mode, and its calls move `buffers` (batch-norm statistics)."""
-
-    read_step: Callable[[], int] = staticmethod(lambda: 0)
-    read: set[frozenset[str]] | None = None  # the names of what it reads are added here
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and self.read is not None:
-            self.note_reading(kwargs)
-        return self._call(self.params, self.buffers, self.training, args, kwargs)
-
-    def note_reading(self, inputs: Mapping[str, Any]) -> None:
-        if self.read is not None:
-            self.read.add(names_read(inputs))
-
-    @property
-    def step(self) -> int:
-        """Inner steps that the stage has taken before this one, since its start or last reset."""
-        return self.read_step()
-
-    def _call_buffers(self) -> Tensors:
-        return self.buffers
-
-    def train(self, mode: bool = True) -> FunctionalModel:
-        """Return the model itself, which is in train mode already, or a view in eval mode."""
-        return self if mode else super().train(False)

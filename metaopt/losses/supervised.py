@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, StageError, did_you_mean
 from metaopt.core.contracts import InnerLoss, MetaObjective, Trained, Upstream
-from metaopt.core.meta_params import AnyMetaParameters, Uniform
+from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.logits import counted, label_losses, logits_of, mean_over_positions, model_inputs, weighted_mean
 from metaopt.meta_params.learned import EMBEDDINGS
-from metaopt.meta_params.tables import select
+from metaopt.meta_params.tables import Uniform, select
 
 
 class CrossEntropy(InnerLoss):

@@ -144,11 +144,7 @@ class _StayInGraph(TorchFunctionMode):
             if learned:
                 return _operate(name, args, kwargs)
             target = args[:1] if name in _IN_PLACE else ()
-            operands = [
-                v.double() if isinstance(v, Tensor) and v.dim() == 0 and v.is_floating_point() else v
-                for v in args[len(target) :]
-            ]
-            return func(*target, *operands, **kwargs)
+            return func(*target, *map(_precise, args[len(target) :]), **kwargs)
         if learned:
             raise StageError(
                 f"a learned hyperparameter reaches torch.{name}, through which it cannot be differentiated; pass a "
@@ -191,9 +187,11 @@ def _kept(value: Any) -> Any:
     """Return an operand as autograd may keep it: the step goes on to change its own tensors in place."""
     if isinstance(value, TrackedFloat):
         return value.tensor
-    if not isinstance(value, Tensor):
-        return value
-    return (value.double() if value.dim() == 0 and value.is_floating_point() else value).clone()
+    return _precise(value).clone() if isinstance(value, Tensor) else value
+
+
+def _precise(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() else value
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:
