@@ -98,13 +98,8 @@ def kind_of(optimizer: Optimizer) -> Kind:
 def make_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
     """Return the user's optimizer, or the one that a factory makes over the parameters that require grad."""
     factory: Any = optimizer
-    if isinstance(optimizer, Optimizer):
-        return optimizer
-    if not callable(optimizer):
-        raise ConfigError(
-            f"Stage: optimizer is a {type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), or "
-            "an optimizer over the model's parameters"
-        )
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        return factory  # what it is, is asked where it is used
     trained = NamedParameters({n: p for n, p in model.named_parameters() if p.requires_grad})
     if not trained:
         raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
