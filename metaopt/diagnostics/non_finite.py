@@ -159,7 +159,8 @@ def _through_stage(
     for t in reversed(range(loop.num_steps)):
         record = sweep.rebuild(t, False)
         last, below = below, sweep.step_back(t, record, below, cotangents)
-        if broken(below.params) or broken(below.state) or broken(cotangents):
+        state = {(name, key): c for name, entry in below.state.items() for key, c in entry.items()}
+        if broken(below.params) or broken(state) or broken(cotangents):
             return f"in stage {loop.name!r}, at inner step {t} of {loop.num_steps}: {_half(sweep, t, record, last)}"
     learned = [name for name, p in start.items() if p.grad_fn is not None]
     heads, weights = [start[name] for name in learned], [below.params.get(name) for name in learned]

@@ -242,8 +242,8 @@ class UpdateRule:
     def blocks(self, names: tuple[str, ...], params: Tensors, state: State) -> list[Block]:
         """Return the parameters of these names as blocks of such as one step on their concatenation treats alike."""
         known = self._blocks.get(names)
-        held = isinstance(params, Joined) and isinstance(state, Joined) and known in params.pieces
-        if known and held and known in state.pieces:
+        held = known and isinstance(params, Joined) and known in params.pieces
+        if known and held and isinstance(state, Joined) and known in state.pieces:
             return [known]
         alike: dict[Any, list[str]] = {}
         for name in names:

@@ -247,7 +247,7 @@ class TorchStep:
     """
 
     def __init__(self, optimizer: Optimizer, function: StepFunction | None = None) -> None:
-        step = type(optimizer).step
+        step: Any = type(optimizer).step
         self._step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without torch's profiling around it
         self._template, self._function = shallow(optimizer, [], differentiable=True), function
         self._honours = honours_differentiable(optimizer)

@@ -159,6 +159,9 @@ def test_a_second_derivative_that_is_not_finite_is_named_with_stage_step_and_lin
     assert found.startswith("in stage 'only', at inner step 3 of 6: the second derivative of the inner loss")
     assert "test_non_finite.py:" in found
     assert "# the line to name" in found
+    momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    chain = one_stage(with_term(corner), num_steps=STEPS, estimator=estimator, optimizer=momentum)
+    assert found_in(chain).startswith("in stage 'only', at inner step 3 of 6")
 
 
 def test_a_second_derivative_is_traced_to_its_stage() -> None:
