@@ -160,6 +160,8 @@ class Passing(Sequence[list[Any]]):
         return self._num_steps
 
     def __getitem__(self, t: Any) -> Any:
+        if t >= self._num_steps:
+            raise IndexError(t)
         batches = self._stream.peek(self._per_step)
         self._stream.advance(self._per_step)
         return move(batches, self._like)

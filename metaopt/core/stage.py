@@ -199,7 +199,7 @@ class Stage:
             return scheduled
         with telling(lambda: f"the overrides of stage {name!r}, inner step {t}"):
             learned = self.overrides(as_given(meta_params), t)
-        if both := ", ".join(learned.keys() & scheduled.keys()):
+        if both := ", ".join(repr(key) for key in scheduled if key in learned):
             raise ConfigError(f"schedule and overrides both give {both}; leave one out, or let overrides compute both")
         return {**scheduled, **learned}
 

@@ -28,7 +28,9 @@ class Schedule:
     def __init__(self, factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
         hint = "give what makes one for the stage's optimizer: schedule=functools.partial("
         if isinstance(factory, LRScheduler) or not callable(factory):
-            raise ConfigError(f"schedule: a {type(factory).__name__} was given; {hint}{_EXAMPLE})")
+            cls = type(factory).__name__
+            example = f"{cls}, ..." if isinstance(factory, LRScheduler) else _EXAMPLE
+            raise ConfigError(f"schedule: a {cls} was given; {hint}{example})")
         groups = [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
         self._before = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self._shadow = shallow(optimizer, groups)
