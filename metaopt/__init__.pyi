@@ -17,8 +17,6 @@ from .core.chain import Chain as Chain
 from .core.contracts import HandOver as HandOver
 from .core.contracts import InnerLoss as InnerLoss
 from .core.contracts import MetaObjective as MetaObjective
-from .core.meta_params import MetaParameters as MetaParameters
-from .core.meta_params import Uniform as Uniform
 from .core.stage import Stage as Stage
 from .data.bundle import DataBundle as DataBundle
 from .data.text import text as text
@@ -61,13 +59,13 @@ from .losses.objectives import PipelineLoss as PipelineLoss
 from .losses.objectives import Sparsity as Sparsity
 from .losses.objectives import SumOfObjectives as SumOfObjectives
 from .losses.objectives import SurrogateLoss as SurrogateLoss
-from .losses.objectives import ValidationLoss as ValidationLoss
 from .losses.objectives import expected_error as expected_error
 from .losses.supervised import AugmentedLoss as AugmentedLoss
 from .losses.supervised import CrossEntropy as CrossEntropy
 from .losses.supervised import LabelSmoothing as LabelSmoothing
 from .losses.supervised import SoftTargetLoss as SoftTargetLoss
 from .losses.supervised import SumOfLosses as SumOfLosses
+from .losses.supervised import ValidationLoss as ValidationLoss
 from .losses.supervised import WeightedLoss as WeightedLoss
 from .meta_params.learned import FromMeta as FromMeta
 from .meta_params.learned import GaussianNoise as GaussianNoise
@@ -78,9 +76,11 @@ from .meta_params.learned import WeightNetwork as WeightNetwork
 from .meta_params.tables import ClassWeights as ClassWeights
 from .meta_params.tables import ExampleWeights as ExampleWeights
 from .meta_params.tables import FixedWeights as FixedWeights
+from .meta_params.tables import MetaParameters as MetaParameters
 from .meta_params.tables import SoftTargets as SoftTargets
 from .meta_params.tables import SourceWeights as SourceWeights
 from .meta_params.tables import TokenWeights as TokenWeights
+from .meta_params.tables import Uniform as Uniform
 from .models.hugging_face import from_config as from_config
 from .models.hugging_face import from_pretrained as from_pretrained
 from .models.small import MLP as MLP

@@ -19,9 +19,9 @@ from metaopt.base.ranges import check_counts
 from metaopt.base.streams import BatchStream, derived_seed, draw_seed, seeded
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import MetaObjective, evaluate, require_arguments, require_scalar
-from metaopt.core.graphs import accumulate, entries, hypergradient
 from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
-from metaopt.diagnostics.non_finite import located
+from metaopt.core.unrolled import accumulate, entries, hypergradient
+from metaopt.diagnostics.non_finite import located, located_in_training
 from metaopt.diagnostics.paths.explain import explained
 from metaopt.losses.objectives import as_trained, mean_meta_loss
 from metaopt.progress import progress_bar
@@ -172,7 +172,10 @@ class MetaTrainer:
         Raises:
             NonFiniteError, MissingPathError: before the meta-parameters move.
         """
-        trained = self.chain.unroll(self.meta_params)  # every stage's inner loop, in the graph or stored
+        try:
+            trained = self.chain.unroll(self.meta_params)  # every stage's inner loop, in the graph or stored
+        except NonFiniteError as error:
+            raise located_in_training(error) from error
         meta_loss = self.meta_loss(trained)  # on the next validation batches
         found = self.differentiate(meta_loss)  # one backward; what is wrong is located and explained here
         self.update(found, trained)  # meta-optimizer, commit, resets, streams

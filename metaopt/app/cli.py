@@ -16,8 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from metaopt.app.config import explained, prepare
-from metaopt.base.errors import MetaoptError, was_told, with_note
+from metaopt.app.config import explained, prepare, with_note
+from metaopt.base.errors import MetaoptError, was_told
 
 EXIT_CODES = {"agrees": 0, "undecided": 3, "differs": 2}  # of metaopt-check, better ones first; 1: it could not be run
 

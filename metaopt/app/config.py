@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metaopt.app.schema import SHARED_PARTS, Raw, options_of, problems_of, value_at
-from metaopt.base.errors import ConfigError, did_you_mean, first_line
+from metaopt.base.errors import ConfigError, MetaoptError, did_you_mean, first_line, was_told
 
 SHARED = "_shared_"
 ASKS = " asks for "  # a fact of the data
@@ -59,6 +59,13 @@ def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
         problems += [f"{gives}; choose options that fit it (model, handover, meta_params), or let it give more"]
     _raise_if_any(problems or list(problems_of(plain, {})))
     return filled
+
+
+def with_note(error: BaseException) -> str:
+    """Return what a command shows of an exception: its message, of a user's own with its kind, and its note."""
+    text, told = str(error), was_told(error) or ""
+    text = text if isinstance(error, MetaoptError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text if not told or told in text else f"{text}\n{told}"
 
 
 def explained(error: Exception) -> str:

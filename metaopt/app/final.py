@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaopt.core.meta_params import AnyMetaParameters, as_named
 from metaopt.data.bundle import DataBundle
-from metaopt.losses.objectives import ValidationLoss
+from metaopt.losses.supervised import ValidationLoss
 from metaopt.trainer import MetaTrainer
 
 FEWEST = 10  # meta-steps of which a trend is told

@@ -22,6 +22,7 @@ from metaopt.app.config import as_yaml, with_facts
 from metaopt.core.chain import TrainedChain
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.data.bundle import DataBundle
+from metaopt.diagnostics.non_finite import locating_in_training
 from metaopt.progress import progress_bar
 from metaopt.trainer import MetaTrainer
 
@@ -75,7 +76,7 @@ class Job:
 
     def train(self, meta_params: AnyMetaParameters, steps: Mapping[str, int], label: str) -> TrainedChain:
         """Train the chain's stages in plain steps with frozen meta-parameters, behind a progress bar."""
-        with progress_bar(self.console, label, sum(steps.values())) as advance:
+        with progress_bar(self.console, label, sum(steps.values())) as advance, locating_in_training():
             chain = self.trainer.chain
             return chain.train(meta_params, num_steps=steps, on_step=lambda name, step, loss: advance(name))
 

@@ -15,10 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from metaopt.app import report
 from metaopt.app.build import build, stage_steps
+from metaopt.app.config import with_note
 from metaopt.app.final import doubts, weight_quality, weights_of
 from metaopt.app.job import Job, threads
 from metaopt.app.tracking import save_meta_params, save_models
-from metaopt.base.errors import first_line, with_note
+from metaopt.base.errors import first_line
 from metaopt.base.streams import seeded
 from metaopt.core.chain import TrainedChain
 from metaopt.diagnostics.check import check_hypergradient

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class MetaoptError(Exception):
@@ -28,15 +29,19 @@ class MissingPathError(MetaoptError, RuntimeError):
 
 
 class NonFiniteError(MetaoptError, FloatingPointError):
-    """A loss, gradient or hypergradient that is NaN or infinite."""
+    """A loss, gradient or hypergradient that is NaN or infinite; `training` is what to run again to see where."""
+
+    def __init__(self, text: str, training: Any = None) -> None:
+        super().__init__(text)
+        self.training = training
 
 
 def did_you_mean(name: str, known: Iterable[str], others: bool = True) -> str:
     """Return ` (did you mean 'x'?)`, or the names there are (`others`): the tail of an unknown-name message."""
     known = [str(item) for item in known]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    rest = f" (there are: {', '.join(known) or 'none'})" if others else ""
-    return f" (did you mean {close[0]!r}?)" if close else rest
+    if close := difflib.get_close_matches(str(name), known, n=1):
+        return f" (did you mean {close[0]!r}?)"
+    return f" (there are: {', '.join(known) or 'none'})" if others else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -56,10 +61,3 @@ def tell(error: Exception, text: str) -> None:
 def was_told(error: BaseException) -> str | None:
     """Return the note of an exception that came through `telling`, or None."""
     return getattr(error, "told", None)
-
-
-def with_note(error: BaseException) -> str:
-    """Return what a command shows of an exception: its message, of a user's own with its kind, and its note."""
-    text, told = str(error), was_told(error) or ""
-    text = text if isinstance(error, MetaoptError) else f"{type(error).__name__}: {text}".removesuffix(": ")
-    return text if not told or told in text else f"{text}\n{told}"

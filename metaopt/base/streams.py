@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,14 +61,6 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-class _Place(NamedTuple):
-    """A batch's place in the stream, and the states that the loader's own generators had when its epoch began."""
-
-    epoch: int
-    position: int
-    generator_states: list[torch.Tensor]
-
-
 class BatchStream:
     """Cycle through a sequence or a DataLoader: `peek` looks ahead, `advance` moves on.
 
@@ -80,25 +72,21 @@ class BatchStream:
     """
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:
+        kind = type(batches).__name__
         if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
-            kind = type(batches).__name__
             raise ConfigError(f"batches: a {kind} is no series of batches; give a list of batches or a DataLoader")
         if getattr(batches, "persistent_workers", False):
-            raise ConfigError(
-                "batches: a DataLoader with persistent_workers=True has one iterator for all its readers, so looking "
-                "ahead would lose batches; set persistent_workers=False"
-            )
+            raise ConfigError(f"batches: looking ahead would lose batches of this {kind}; set persistent_workers=False")
         if isinstance(batches, Iterator):
             raise ConfigError(
-                f"batches: a {type(batches).__name__} can be read only once, so it cannot be cycled or resumed; give "
-                "list(batches), or the DataLoader itself instead of iter(loader)"
+                f"batches: a {kind} can be read only once, so give list(batches), or the loader instead of iter(loader)"
             )
         self.source = batches
         self.is_list = type(batches) in (list, tuple)
         self._seed = seed
         self._generators = _generators_of(batches)
         self._generator_states = [generator.get_state() for generator in self._generators]
-        self._ahead: deque[tuple[_Place, Any]] = deque()
+        self._ahead: deque[tuple[dict[str, Any], Any]] = deque()
         self._open_epoch(0)
 
     def peek(self, count: int) -> list[Any]:
@@ -125,7 +113,7 @@ class BatchStream:
     def state_dict(self) -> dict[str, Any]:
         """Return where the next batch lies: epoch, position, seed, and the states of the loader's generators."""
         place = self._ahead[0][0] if self._ahead else self._frontier
-        return {**place._asdict(), "seed": self._seed}
+        return {**place, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place: the epoch is begun again and the passed batches are skipped."""
@@ -137,38 +125,34 @@ class BatchStream:
             self._fetch()
 
     def _open_epoch(self, epoch: int) -> None:
-        self._frontier = _Place(epoch, 0, list(self._generator_states))
+        states = list(self._generator_states)  # that the loader's own generators have when the epoch begins
+        self._frontier: dict[str, Any] = {"epoch": epoch, "position": 0, "generator_states": states}
         self._iterator: Iterator[Any] | None = None
 
     def _fetch(self) -> Any:
-        epoch, position, _ = self._frontier
+        epoch, position = self._frontier["epoch"], self._frontier["position"]
         try:
-            if self.is_list:  # which draw nothing
-                batch = self._next()
-            else:
-                with seeded(derived_seed(self._seed, epoch, position)), self._own_generator_states():
-                    batch = self._next()
+            with nullcontext() if self.is_list else self._drawing(derived_seed(self._seed, epoch, position)):
+                if self._iterator is None:
+                    self._iterator = iter(self.source)
+                batch = next(self._iterator)
         except StopIteration:
             if position == 0:
                 raise ConfigError("batches: there is not a single batch; check the data set and drop_last") from None
             self._open_epoch(epoch + 1)
             return self._fetch()
-        self._frontier = self._frontier._replace(position=position + 1)
+        self._frontier = {**self._frontier, "position": position + 1}
         return batch
 
-    def _next(self) -> Any:
-        if self._iterator is None:
-            self._iterator = iter(self.source)
-        return next(self._iterator)
-
     @contextmanager
-    def _own_generator_states(self) -> Iterator[None]:
-        """Let a loader's own generators continue from where this stream left them, and put them back after."""
+    def _drawing(self, seed: int) -> Iterator[None]:
+        """Seed the global generators, and let a loader's own go on from where this stream left them; put all back."""
         before = [generator.get_state() for generator in self._generators]
         for generator, state in zip(self._generators, self._generator_states, strict=True):
             generator.set_state(state)
         try:
-            yield
+            with seeded(seed):
+                yield
         finally:
             self._generator_states = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, before, strict=True):
@@ -176,22 +160,15 @@ class BatchStream:
 
 
 class Ahead(Sequence[list[Any]]):
-    """The batches of the next steps, looked up and made to `fit` when a step asks for its own.
+    """The batches of the next steps, looked up (i → the i-th to come) and made fit for `like` when a step asks.
 
-    Args:
-        look_up: i → the i-th of the batches to come.
-        source: where they lie, if they are the same tensors at each look.
+    `source` is where they lie, if they are the same tensors at each look.
     """
 
     def __init__(
-        self,
-        look_up: Callable[[int], Any],
-        num_steps: int,
-        per_step: int,
-        fit: Callable[[list[Any]], list[Any]],
-        source: Sequence[Any] = (),
+        self, look_up: Callable[[int], Any], num_steps: int, per_step: int, like: Tensor, source: Sequence[Any] = ()
     ) -> None:
-        self._look_up, self._num_steps, self._per_step, self._fit = look_up, num_steps, per_step, fit
+        self._look_up, self._num_steps, self._per_step, self._like = look_up, num_steps, per_step, like
         self.source = source
 
     def __len__(self) -> int:
@@ -200,7 +177,7 @@ class Ahead(Sequence[list[Any]]):
     def __getitem__(self, t: Any) -> Any:
         if not 0 <= t < self._num_steps:
             raise IndexError(t)
-        return self._fit([self._look_up(i) for i in range(t * self._per_step, (t + 1) * self._per_step)])
+        return move([self._look_up(i) for i in range(t * self._per_step, (t + 1) * self._per_step)], self._like)
 
 
 CHANGED = (
@@ -216,33 +193,25 @@ def versions(tree: Any) -> list[int]:
 
 
 class Passing(Sequence[list[Any]]):
-    """The batches of a stream's next steps, drawn, and made to `fit`, when a step asks for its own.
+    """The batches of a stream's next steps, each drawn when its step comes, fit for `like`: the stream moves along."""
 
-    The stream moves along. Only the last step's are held; asking for an earlier step goes back to the first one.
-    """
-
-    def __init__(
-        self, stream: BatchStream, num_steps: int, per_step: int, fit: Callable[[list[Any]], list[Any]]
-    ) -> None:
-        self._stream, self._num_steps, self._per_step, self._fit = stream, num_steps, per_step, fit
-        self._start, self._step, self._last = stream.state_dict(), -1, []
+    def __init__(self, stream: BatchStream, num_steps: int, per_step: int, like: Tensor) -> None:
+        self._stream, self._num_steps, self._per_step, self._like = stream, num_steps, per_step, like
+        self._start = stream.state_dict()
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __getitem__(self, t: Any) -> Any:
-        if t < self._step:
-            self.rewind()
-        while self._step < t:
-            self._last = self._fit(self._stream.peek(self._per_step))
-            self._stream.advance(self._per_step)
-            self._step += 1
-        return self._last
+        if t >= self._num_steps:
+            raise IndexError(t)
+        batches = self._stream.peek(self._per_step)
+        self._stream.advance(self._per_step)
+        return move(batches, self._like)
 
     def rewind(self) -> None:
         """Put the stream back to where the first step began."""
         self._stream.load_state_dict(self._start)
-        self._step = -1
 
 
 def _generators_of(batches: Any) -> list[torch.Generator]:
@@ -255,16 +224,15 @@ def _generators_of(batches: Any) -> list[torch.Generator]:
 
 def move(batch: Any, like: Tensor) -> Any:
     """Return the batch on the device of `like`, its floating tensors in the dtype of `like`, fit for a graph."""
-    if isinstance(batch, Tensor):
-        floating = batch.is_floating_point() and like.is_floating_point()
-        if like.is_cuda and not batch.is_cuda:
-            batch = batch.pin_memory()  # so that the copy waits for nothing
-        moved = batch.to(like.device, like.dtype if floating else batch.dtype, non_blocking=True)
-        return moved.clone() if moved.is_inference() else moved
     if isinstance(batch, Mapping):
         return {key: move(value, like) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, like) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(move(value, like) for value in batch)
-    return batch
+        values: Any = [move(value, like) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    if not isinstance(batch, Tensor):
+        return batch
+    floating = batch.is_floating_point() and like.is_floating_point()
+    if like.is_cuda and not batch.is_cuda:
+        batch = batch.pin_memory()  # so that the copy waits for nothing
+    moved = batch.to(like.device, like.dtype if floating else batch.dtype, non_blocking=True)
+    return moved.clone() if moved.is_inference() else moved

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import operator
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,37 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, StageError, did_you_mean
-from metaopt.base.streams import move
+from metaopt.base.streams import Passing, move
 from metaopt.core.contracts import InnerLoss, OnStep
-from metaopt.core.graphs import sign
 from metaopt.core.guards import note_moved_buffers, refuse_unusable
 from metaopt.core.inner_loop import InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, as_named, named_tensors
 from metaopt.core.plain import train_plainly
 from metaopt.core.stage import Stage
+from metaopt.core.unrolled import sign
 from metaopt.core.view import FunctionalModel, Models, held
 
+_SLOTS = operator.attrgetter("loss", "estimator", "overrides", "initial", "transform")
 
-class TrainedChain(Mapping[str, FunctionalModel]):
+
+class TrainedChain(dict[str, FunctionalModel]):
     """The outcome of one unroll: stage name → trained model, and what `commit` needs."""
 
     def __init__(self, results: Mapping[str, InnerResult], version: object) -> None:
-        self.results = dict(results)
-        self.version = version
+        super().__init__({name: result.model for name, result in results.items()})
+        self.results, self.version = dict(results), version
 
-    def __getitem__(self, name: str) -> FunctionalModel:
-        if name not in self.results:
-            raise KeyError(f"no stage {name!r}{did_you_mean(name, self.results)}")
-        return self.results[name].model
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.results
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.results)
-
-    def __len__(self) -> int:
-        return len(self.results)
+    def __missing__(self, name: str) -> FunctionalModel:
+        raise KeyError(f"no stage {name!r}{did_you_mean(name, self)}")
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -88,10 +80,9 @@ class Chain:
                 other = self.owners.setdefault(id(param), f"{name}.{param_name}").partition(".")[0]
                 if other != name:
                     raise ConfigError(
-                        f"stages {other!r} and {name!r} share the parameter {param_name!r}, so committing one would "
-                        "overwrite the other; give each its own copy: copy.deepcopy(model). To start a stage from "
-                        "another's trained weights: Stage(..., initial=lambda meta_params, upstream: "
-                        f"upstream[{other!r}].params)"
+                        f"stages {other!r} and {name!r} share the parameter {param_name!r}; give each its own copy: "
+                        "copy.deepcopy(model). To start a stage from another's trained weights: Stage(..., "
+                        f"initial=lambda meta_params, upstream: upstream[{other!r}].params)"
                     )
 
     def __repr__(self) -> str:
@@ -127,8 +118,8 @@ class Chain:
         """
         if trained.version is not self._version:
             raise StageError(
-                "commit: this unroll started from a state that the chain has left (a commit, reset or train came "
-                "between), or from another chain; unroll again, or restore a state with chain.load_state_dict(...)"
+                "commit: this unroll started from a state that the chain has left (by a commit, reset or train), or "
+                "from another chain; unroll again, or restore a state with chain.load_state_dict(...)"
             )
         with self._held():
             for name in self._select(stages):
@@ -168,18 +159,18 @@ class Chain:
         models = Models()
         with self._held(meta_params):
             for name, stage in self.stages.items():
-                results[name] = stage.train(name, meta_params, models, self.owners, steps[name], on_step)
+                loop = stage.begin(name, models, self.owners, steps[name], passing=True)
+                results[name] = train_plainly(loop, meta_params, models, on_step)
+                stage.commit(results[name], passed=isinstance(loop.batches, Passing))
                 models = Models({**models, name: results[name].model})
         return TrainedChain(results, version=None)
 
-    def _steps_of(self, num_steps: int | Mapping[str, int] | None) -> dict[str, int]:
-        given = num_steps if isinstance(num_steps, Mapping) else dict.fromkeys(self.stages, num_steps)
+    def _steps_of(self, num_steps: int | Mapping[str, int] | None) -> dict[str, Any]:
+        given = dict(num_steps if isinstance(num_steps, Mapping) else dict.fromkeys(self.stages, num_steps))
         self._select(given)
-        steps = {}
-        for name, stage in self.stages.items():
-            count = given.get(name)
-            steps[name] = stage.num_steps if count is None else count
-            if not isinstance(steps[name], int) or steps[name] < 0:
+        steps = {n: stage.num_steps if given.get(n) is None else given[n] for n, stage in self.stages.items()}
+        for name, count in steps.items():
+            if not isinstance(count, int) or count < 0:
                 raise ConfigError(f"train: num_steps={count!r} of stage {name!r} must be a whole number from 0")
         return steps
 
@@ -224,14 +215,7 @@ class Chain:
             for tensor in (*module.parameters(), *module.buffers()):
                 now += [id(tensor), type(tensor), tensor.requires_grad]
         for stage in self.stages.values():
-            now += [
-                _as_it_is(stage.model),
-                stage.loss,
-                stage.estimator,
-                stage.overrides,
-                stage.initial,
-                stage.transform,
-            ]
+            now += [_as_it_is(stage.model), *_SLOTS(stage)]
         if now == self._checked:
             return
         self._note_owners()

@@ -139,17 +139,12 @@ def require_scalar(loss: Any, where: str, needs_graph: bool = True) -> Tensor:
     return loss.reshape(())
 
 
-# --- user code: checked before it is called, and told of when it raises -----------------------------------------
-
-
 class telling:  # noqa: N801  # reads as a statement: `with telling(...)`
     """Note on an exception that passes where it was raised, and the user's own lines on its way; once.
 
     What is not an `Exception` (KeyboardInterrupt) passes untouched. `where` returns the line that says which part of
     what was called, and with what; it is called only if something is raised.
     """
-
-    __slots__ = ("_where",)
 
     def __init__(self, where: Callable[[], str]) -> None:
         self._where = where
@@ -196,32 +191,26 @@ def described(batch: Any) -> str:
 def taken_by(module: nn.Module) -> str:
     """Return what a model's forward takes, in words."""
     try:
-        taken = inspect.signature(module.forward).parameters.values()
+        names = list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
-        taken = ()
-    names = [str(p).split(":")[0].split("=")[0].strip() for p in taken]
+        names = []
     return f"{type(module).__name__} takes ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})"
 
 
 def require_arguments(function: Any, names: tuple[str, ...], where: str) -> None:
-    """Raise if a function cannot be called with arguments of these names, by position.
-
-    Raises:
-        ConfigError: says what it is called with, and what it takes.
-    """
+    """Raise if a function cannot be called with arguments of these names, by position."""
     if not callable(function):
         raise ConfigError(f"{where} is a {type(function).__name__}; give a function of ({', '.join(names)})")
     called: Any = function
     if isinstance(function, nn.Module) and type(function).__call__ is nn.Module.__call__:
         called = function.forward
     try:
-        signature = inspect.signature(called)
+        inspect.signature(called).bind(*names)
     except ValueError:  # a builtin has none
         return
-    try:
-        signature.bind(*names)
     except TypeError as error:
-        name, taken = getattr(function, "__name__", type(function).__name__), ", ".join(signature.parameters)
+        taken = ", ".join(inspect.signature(called).parameters)
+        name = getattr(function, "__name__", type(function).__name__)
         instance = f"; give an instance: {name}(...)" if isinstance(function, type) else ""
         raise ConfigError(
             f"{where} is called with ({', '.join(names)}), and {name} takes ({taken}): {error}{instance}"

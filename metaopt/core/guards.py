@@ -1,17 +1,21 @@
-"""What is refused before any training: modules and tensors whose hypergradient would be wrong in silence."""
+"""What would make a hypergradient wrong in silence, in modules and tensors: refused, put right, or warned of."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
 
 from metaopt.base.errors import ConfigError, StageError
-from metaopt.core.view import FunctionalModel
+
+if TYPE_CHECKING:
+    from metaopt.core.view import FunctionalModel, Training
 
 
 def refuse_unsupported(module: nn.Module, stage: str) -> None:
@@ -47,12 +51,9 @@ def _problem_of_module(m: Any) -> str | None:
         return "is a wrapper that runs copies of the weights in training; give the stage the module inside: `.module`"
     if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
         return _SHARDED
-    if hasattr(m, "_orig_mod"):
-        return "was compiled by torch.compile: no second derivative; give the stage the module inside: `._orig_mod`"
-    if getattr(m, "_compiled_call_impl", None) is not None or hasattr(
-        m.__dict__.get("forward"), "_torchdynamo_orig_callable"
-    ):
-        return "was compiled in place: no second derivative; give the stage an uncompiled module"
+    in_place = hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None or in_place:
+        return "was compiled, or compiled in place: no second derivative; give the stage the plain one (`._orig_mod`)"
     if isinstance(m, torch.jit.ScriptModule):
         return "was compiled by torch.jit, which no check can copy; give the Python module that it was made from"
     if getattr(m, "gradient_checkpointing", False) is True:
@@ -60,22 +61,16 @@ def _problem_of_module(m: Any) -> str | None:
             "uses gradient checkpointing, which recomputes after the trained weights are swapped back; call "
             "`model.activation_checkpointing_disable()` (`gradient_checkpointing_disable()` in older transformers)"
         )
-    if hooks & {"WeightNorm", "SpectralNorm"}:
+    if hooks & {"WeightNorm", "SpectralNorm", "BasePruningMethod"}:
         return (
-            "keeps a computed weight as an attribute (the old weight_norm or spectral_norm), which outlives the swap "
-            "of weights; use torch.nn.utils.parametrizations.weight_norm"
-        )
-    if "BasePruningMethod" in hooks:
-        return (
-            "keeps a computed weight as an attribute (pruning), which outlives the swap of weights; make it permanent: "
-            "torch.nn.utils.prune.remove(module, name)"
+            "keeps a computed weight as an attribute (pruning, the old weight_norm or spectral_norm), which outlives "
+            "the swap of weights; use torch.nn.utils.parametrizations.weight_norm, or prune.remove(module, name)"
         )
     spectral = isinstance(m, ParametrizationList) and any(type(part).__name__ == "_SpectralNorm" for part in m)
     if spectral and any(p.requires_grad for p in m.parameters()):
         return (
-            "is a spectral norm, whose power iteration has no graph, so that its part of the second derivative is "
-            "lost; register a parametrization that returns `weight / torch.linalg.matrix_norm(weight, 2)`, or "
-            "freeze the weight"
+            "is a spectral norm, whose power iteration has no graph, so that part of the second derivative is lost; "
+            "register a parametrization `weight / torch.linalg.matrix_norm(weight, 2)`, or freeze the weight"
         )
     if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.weight.requires_grad:
         if m.sparse:
@@ -99,7 +94,33 @@ def _problem_of_parameter(param: Tensor) -> str | None:
     return None
 
 
-# --- buffers that carry no graph --------------------------------------------------------------------------------
+class PlainWeightNorm(TorchFunctionMode):
+    """Weight norm by its formula `g v / ‖v‖`: torch's kernel takes ‖v‖ as a constant in the second derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+# --- what a trained model is used for ---------------------------------------------------------------------------
+
+
+def warn_of_other_inputs(trained: Training, now: frozenset[str], labelled: bool) -> None:
+    """Warn, once for the same names, if a call lacks what every call in training had."""
+    made = {"decoder_input_ids"} if labelled else set()  # by the model itself
+    if not now or not trained.read or any(names <= now | made for names in trained.read):
+        return
+    before = " or ".join(sorted(", ".join(sorted(names)) for names in trained.read))
+    trained.read.add(now)
+    warnings.warn(
+        f"stage {trained.stage!r} read {before} in training and reads {', '.join(sorted(now))} now: inputs that it "
+        f"never saw. Feed it as in training: metaopt.PipelineLoss({trained.stage!r}), objective=pipeline (a loss of "
+        "your own makes the student's inputs in student_inputs(...) of a metaopt.FromUpstream)",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def moved_buffers(model: FunctionalModel) -> list[str]:

@@ -32,12 +32,37 @@ from metaopt.core.contracts import (
 )
 from metaopt.core.graphs import refuse_graph, refuse_single_derivative
 from metaopt.core.meta_params import AnyMetaParameters, as_given
-from metaopt.core.plain import first_in_training
-from metaopt.core.view import Call, FunctionalModel, InnerModel, ModelStructure, Tensors, Training
-from metaopt.optimizers.flattened import State
-from metaopt.optimizers.rule import UpdateRule
+from metaopt.core.view import Call, FunctionalModel, ModelStructure, Tensors, Training, names_read
+from metaopt.optimizers.rule import State, UpdateRule
 
 _LOOK_EVERY = 16  # steps between two looks at the losses on an accelerator
+
+
+class InnerModel(FunctionalModel):
+    """The model inside its own inner step: in train mode, and its calls move `buffers` (batch-norm statistics)."""
+
+    read_step: Callable[[], int]
+    read: set[frozenset[str]] | None  # the names of what it reads are added here
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and self.read is not None:
+            self.note_reading(kwargs)
+        return self._call(self.params, self.buffers, self.training, args, kwargs)
+
+    def note_reading(self, inputs: Mapping[str, Any]) -> None:
+        if self.read is not None:
+            self.read.add(names_read(inputs))
+
+    @property
+    def step(self) -> int:
+        return self.read_step()
+
+    def _call_buffers(self) -> Tensors:
+        return self.buffers
+
+    def train(self, mode: bool = True) -> FunctionalModel:
+        """Return the model itself, which is in train mode already, or a view in eval mode."""
+        return self if mode else super().train(False)
 
 
 @dataclass
@@ -50,34 +75,23 @@ class InnerResult:
 
 @dataclass
 class InnerLoop:
-    """T inner steps of one stage from its present state, with everything fixed that a replay must repeat.
-
-    Args:
-        name, structure, rule, loss, transform, autocast, initial: the stage's, as they are now.
-        batches: per step, its micro-batches (one unless gradients are accumulated).
-        seeds: per step, of the random state in which the loss is evaluated.
-        hyperparameters: t, meta-parameters → the step's overrides (schedule, learned rates).
-        first_step: inner steps that the stage has taken before; a loss reads `model.step`.
-        owners: `id` → name of every parameter of the chain's own modules.
-        read: the names of the tensors with which the loss of the first step has called the model.
-        seen: what of the loss's graph has been looked through since the stage was checked.
-    """
+    """T inner steps of one stage from its present state, with everything fixed that a replay must repeat."""
 
     name: str
     structure: ModelStructure
     rule: UpdateRule
     loss: InnerLoss | LossFunction
-    batches: Sequence[Sequence[Any]]
-    seeds: Sequence[int]
+    batches: Sequence[Sequence[Any]]  # per step, its micro-batches (one unless gradients are accumulated)
+    seeds: Sequence[int]  # per step, of the random state in which the loss is evaluated
     device: torch.device
     transform: Transform | None
     autocast: torch.dtype | None
     initial: Callable[[AnyMetaParameters, Upstream], Mapping[str, Tensor]] | None
-    hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]]
-    first_step: int
-    owners: Mapping[int, str]
-    read: set[frozenset[str]]
-    seen: set[str]
+    hyperparameters: Callable[[int, AnyMetaParameters], dict[str, Any]]  # of a step: scheduled and learned
+    first_step: int  # inner steps that the stage has taken before; a loss reads `model.step`
+    owners: Mapping[int, str]  # `id` → name of every parameter of the chain's own modules
+    read: set[frozenset[str]]  # names of the tensors with which the loss of the first step has called the model
+    seen: set[str]  # what of the loss's graph has been looked through since the stage was checked
     beside: set[str] = field(default_factory=set, init=False)  # read by the loss, of each step another, and no tensor
     _opened: bool = field(default=False, init=False, repr=False)
     _started: tuple[AnyMetaParameters, Upstream] | None = field(default=None, init=False, repr=False)
@@ -86,8 +100,6 @@ class InnerLoop:
     def num_steps(self) -> int:
         """T, the number of inner steps."""
         return len(self.batches)
-
-    # --- where it starts ----------------------------------------------------------------------------------------
 
     @property
     def own(self) -> dict[str, nn.Parameter]:
@@ -175,8 +187,8 @@ class InnerLoop:
             if "nference tensor" not in str(error):
                 raise
             raise StageError(
-                f"the loss of stage {self.name!r} reads a tensor that was made under torch.inference_mode(), which "
-                "keeps it out of any graph for good; make it under torch.no_grad() instead, or read tensor.clone()"
+                f"the loss of stage {self.name!r} reads a tensor that was made under torch.inference_mode(): make it "
+                "under torch.no_grad(), or read tensor.clone()"
             ) from error
 
     def _said_of_loss(self, t: int, micro: Sequence[Any]) -> str:
@@ -231,18 +243,30 @@ class InnerLoop:
         else:
             finite = len(losses) % _LOOK_EVERY != 0 or bool(torch.stack(losses[-_LOOK_EVERY:]).isfinite().all())
         if not finite:
-            self._stop("an inner loss")
+            self._stop(losses)
 
-    def _stop(self, what: str) -> None:
-        first = None if self._started is None else first_in_training(self, *self._started)
-        raise NonFiniteError(f"stage {self.name!r}: {first or f'{what} is not finite'}")
+    def _stop(self, losses: Sequence[Tensor], what: str = "") -> None:
+        """Raise for the first loss that is not finite, or for what else is not."""
+        for t, loss in enumerate(losses):
+            if not math.isfinite(loss.item()):
+                what = f"the inner loss is {loss.item()} at inner step {t} of {self.num_steps}"
+                break
+        raise NonFiniteError(
+            f"stage {self.name!r}: {what}; lower the inner learning rate, or clip: Stage(..., "
+            "transform=metaopt.ClipNorm(1.0)). metaopt.locate_non_finite(...) says what is not finite first",
+            self._started and (self, *self._started),
+        )
 
-    def finish(self, params: Tensors, buffers: Tensors, state: State, losses: Sequence[Tensor]) -> InnerResult:
+    def finish(
+        self, params: Mapping[str, Tensor], buffers: Tensors, state: State, losses: Sequence[Tensor]
+    ) -> InnerResult:
         """Check that every inner loss and weight is finite, and wrap up the trained model."""
         values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
-        for what, tensor in (("an inner loss", values), *((f"parameter {name!r}", p) for name, p in params.items())):
+        for what, tensor in {"": values, **params}.items():
             if not bool(tensor.detach().isfinite().all()):
-                self._stop(what)
+                self._stop(
+                    losses, f"parameter {what!r} is not finite after {self.num_steps} inner steps of {self.num_steps}"
+                )
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
         model = self.trained_model({**self.frozen, **params}, buffers, detached)
         return InnerResult(model, values)

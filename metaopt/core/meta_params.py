@@ -3,60 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError
 from metaopt.core.view import ModelStructure, held
 
-
-class MetaParameters(nn.Module):
-    """Base class of what is learned; a plain `nn.Module` serves as well.
-
-    One that weighs examples implements `forward(batch) -> weights [batch size]`, or [batch size, positions].
-    `reads_losses` marks those that are called `forward(batch, losses)`, with each example's loss.
-    """
-
-    reads_losses: bool = False
-
-    def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell what was learned, by name; tables of weights have reports of their own."""
-        return {}
-
-    def baseline(self) -> nn.Module:
-        """Return what training without learning it would use: by default weight 1 for all."""
-        return Uniform()
-
-
 AnyMetaParameters = nn.Module | Tensor | Mapping[str, nn.Module | Tensor]
 
 
-class Uniform(MetaParameters):
-    """Weight 1 for every example: the baseline that learns nothing."""
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return ones [batch size]."""
-        some = next(value for value in batch.values() if isinstance(value, Tensor))
-        return torch.ones(len(some), device=some.device)
-
-
-class TensorWeights(MetaParameters):
+class TensorWeights(nn.Module):
     """A module around a user's own tensor, which is learned as it is."""
 
     def __init__(self, tensor: Tensor, name: str = "") -> None:
         super().__init__()
-        self._name = name
+        self.name = name
         self._parameters[name] = tensor  # type: ignore[assignment]  # `register_parameter` takes nn.Parameters only
 
     def weights(self) -> Tensor:
         """Return the tensor [n]."""
-        return self._parameters[self._name]  # type: ignore[return-value]
-
-    def baseline(self) -> nn.Module:
-        """Return ones of its shape."""
-        return TensorWeights(torch.ones_like(self.weights()), self._name)
+        return self._parameters[self.name]  # type: ignore[return-value]
 
 
 def as_named(meta_params: AnyMetaParameters) -> dict[str, nn.Module]:
@@ -127,8 +94,3 @@ class Lending:
                 stack.enter_context(held(structure.modules))
                 stack.enter_context(structure.swap(given, structure.buffers))
             yield
-
-
-def rebound(meta_params: AnyMetaParameters, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """Let meta-parameters, of modules only, have other tensors inside the block, by the names of `named_tensors`."""
-    return Lending(meta_params)(tensors)

@@ -9,22 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metaopt.base.streams import Passing
 from metaopt.core.contracts import Gradients, OnStep, Upstream
-from metaopt.core.graphs import entries
-from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import Models, Tensors
-from metaopt.optimizers.flattened import State
-from metaopt.optimizers.rule import InPlace
+from metaopt.optimizers.hyperparameters import Overrides, with_overrides
+from metaopt.optimizers.rule import Block, Joined, State, copied, load_state
+from metaopt.optimizers.step import GROUP, honours_differentiable, number, shallow
 
 if TYPE_CHECKING:
     from metaopt.core.inner_loop import InnerLoop, InnerResult
 
-LOWER = "lower the inner learning rate, or clip: Stage(..., transform=metaopt.ClipNorm(1.0))"
-LOOK = "look for a root or norm at 0, a log of 0 or 0/0 in the loss"
-
 
 class PlainSteps:
-    """The two halves of an inner step, one call each, from copies of `params` and `state` on."""
+    """The two halves of an inner step, one call each, by torch's own optimizer over copies of `params` and `state`.
+
+    `params` has the weights by name: leaves that require grad, which a step moves. They are joined where the
+    optimizer's step allows it.
+    """
+
+    params: dict[str, Tensor]
 
     def __init__(
         self,
@@ -35,92 +39,112 @@ class PlainSteps:
         meta_params: AnyMetaParameters,
         upstream: Upstream,
     ) -> None:
-        self.buffers = buffers
-        self._loop, self._meta_params, self._upstream = loop, meta_params, upstream
-        self._optimizer = InPlace(loop.rule, params, state)
+        self.buffers, self._overridden = buffers, False
+        self._loop, self._rule, self._meta_params, self._upstream = loop, loop.rule, meta_params, upstream
+        self._bind(params, state)
+
+    def _bind(self, params: Mapping[str, Tensor], state: State, apart: bool = False) -> None:
+        """Copy weights and state into an optimizer of their own, each parameter `apart` if asked to."""
+        self._joint: dict[Block, Tensor] = {}
+        for group in self._rule.groups:
+            for names in [(name,) for name in group.names] if apart else [group.names]:
+                for block in self._rule.blocks(names, params, state):
+                    self._joint[block] = block.join(params).detach().clone()
+        views = {name: view for block, joint in self._joint.items() for name, view in block.split(joint).items()}
+        self.params = {name: views[name].detach().requires_grad_() for name in self._rule.names}
+        self._optimizer = shallow(self._rule.optimizer, [])
+        self._group({})
+        blocks = {joint: block for block, joint in self._joint.items()}
+        for group in self._optimizer.param_groups:
+            for joint in group["params"]:
+                load_state(self._optimizer, group, joint, blocks[joint].join(state))
+
+    def _group(self, overrides: Overrides) -> None:
+        """Give the optimizer its groups with the hyperparameters of one step, as plain values."""
+        written = self._written()
+        self._optimizer.param_groups = []
+        for group in with_overrides(self._rule.groups, overrides):
+            params = [joint for block, joint in self._joint.items() if block.names[0] in group.names]
+            given = {key: number(group.hyperparameters[key]) for key in overrides}
+            own = written.get(params[0], {}) if params else {}
+            self._optimizer.param_groups.append({**group.hyperparameters, **given, **own, "params": params})
+
+    def _written(self) -> dict[Tensor, dict[str, Any]]:
+        """Return what a step has written into the group of each tensor."""
+        groups, keys = self._optimizer.param_groups, self._rule.written
+        return {p: {k: group[k] for k in keys if k in group} for group in groups for p in group["params"]}
 
     def gradient(self, t: int, inspect: Callable[[Tensor, Tensors], None] | None = None) -> tuple[Tensor, Gradients]:
         """Return the loss of step t, detached, and its raw gradient; buffers move on.
 
         `inspect` is called with the loss in its graph and the weights that it may depend on.
         """
-        own = self._optimizer.params
-        params = {**self._loop.frozen, **own}
+        own = self.params
         with torch.enable_grad():
-            loss, buffers = self._loop.loss_at(t, params, self.buffers, self._meta_params, self._upstream)
+            weights = {**self._loop.frozen, **own}
+            loss, buffers = self._loop.loss_at(t, weights, self.buffers, self._meta_params, self._upstream)
             if inspect is not None:
                 inspect(loss, own)
             gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
         self.buffers = {name: b.detach() if b.requires_grad else b for name, b in buffers.items()}
-        return loss.detach(), self._optimizer.join(dict(zip(own, gradients, strict=True)))
+        by_name = dict(zip(own, gradients, strict=True))
+        complete = not any(gradient is None for gradient in gradients)
+        return loss.detach(), Joined({b: b.join(by_name) for b in self._joint}, {}) if complete else by_name
 
     @torch.no_grad()
     def update(self, t: int, gradients: Gradients) -> None:
-        """Transform the raw gradient of step t, and let the optimizer step."""
-        self._optimizer.step(self._loop.transformed(gradients), self._loop.hyperparameters(t, self._meta_params))
+        """Transform the raw gradient of step t, and let the optimizer step; what has no gradient stays as it is."""
+        gradients, overrides = self._loop.transformed(gradients), self._loop.hyperparameters(t, self._meta_params)
+        if overrides:
+            self._rule.check_overrides(overrides)
+        by_name = any(isinstance(value, Mapping) for value in overrides.values())
+        complete = isinstance(gradients, Joined) or not any(gradient is None for gradient in gradients.values())
+        if (by_name or not complete) and any(len(block.names) > 1 for block in self._joint):
+            self._bind(self.params, self.state(), apart=True)
+        if overrides or self._overridden:
+            self._group(overrides)
+            self._overridden = bool(overrides)
+        to_change = not honours_differentiable(self._rule.optimizer)  # a step may write into it (torch's never do)
+        for block, joint in self._joint.items():
+            given = block.join(gradients) if complete or gradients[block.names[0]] is not None else None
+            joint.grad = given.clone() if to_change and given is not None else given
+        self._optimizer.step()
 
-    def weights(self) -> Tensors:
+    def weights(self) -> Mapping[str, Tensor]:
         """Return copies of the present weights."""
-        return self._optimizer.weights()
+        return Joined({block: joint.detach().clone() for block, joint in self._joint.items()}, {})
 
     def state(self) -> State:
-        """Return a copy of the present optimizer state."""
-        return self._optimizer.state()
-
-
-def _from_start(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> PlainSteps:
-    with torch.no_grad():
-        start = loop.start(loop.own, meta_params, upstream)
-    models = Models({name: model.detach() for name, model in upstream.items()})
-    return PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
+        """Return a copy of the present optimizer state, with what was written into the groups."""
+        written, pieces = self._written(), {}
+        for block, joint in self._joint.items():
+            of_group = {GROUP + key: value for key, value in written[joint].items()}
+            pieces[block] = copied({**self._optimizer.state.get(joint, {}), **of_group})
+        return Joined(pieces, {})
 
 
 def train_plainly(
     loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream, on_step: OnStep | None = None
 ) -> InnerResult:
-    """Run the same steps with torch's own optimizer, keeping nothing."""
-    steps = _from_start(loop, meta_params, upstream)
-    losses = []
-    with nullcontext() if on_step else loop.opened(upstream):  # what is called meanwhile may draw random numbers
-        for t in range(loop.num_steps):
-            loss, gradients = steps.gradient(t, (lambda loss, params: loop.check_graph(loss)) if t == 0 else None)
-            if t == 0:
-                loop.check_gradients(gradients)
-            steps.update(t, gradients)
-            losses.append(loss)
-            loop.watch(losses)
-            if on_step is not None:
-                on_step(loop.name, t, loss)
-    return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
-
-
-def first_in_training(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> str | None:
-    """Run a stage's steps once more, looking at each, and say what stops being finite first; None if nothing does."""
-    if found := broken(named_tensors(meta_params)):
-        return f"meta-parameter {found} is not finite before the first inner step; lower the meta-learning rate"
-    steps = _from_start(loop, meta_params, upstream)
-    if found := broken(steps.weights()):
-        return f"parameter {found} is not finite before the first inner step"
-    for t in range(loop.num_steps):
-        where, weights = f"inner step {t} of {loop.num_steps}", steps.weights().values()
-        loss, gradients = steps.gradient(t)
-        if not bool(loss.isfinite()):
-            largest = max((float(w.abs().max()) for w in weights if w.numel()), default=0.0)
-            return (
-                f"the inner loss is {loss.item()} at {where}, with finite weights of up to {largest:.3g}; where they "
-                f"grow, {LOWER}; otherwise {LOOK} or what is not finite in the batch"
-            )
-        if found := broken(gradients):
-            return (
-                f"the inner gradient of {found} is not finite at {where}, though the loss is {loss.item():.6g}; {LOOK}"
-            )
-        steps.update(t, gradients)
-        if found := broken(steps.weights()):
-            return f"parameter {found} is not finite after {t + 1} inner steps of {loop.num_steps}; {LOWER}"
-    return None
-
-
-def broken(tensors: Mapping[Any, Tensor | None]) -> str:
-    """Name the tensors that are not finite, or return an empty string."""
-    bad = [key for key, t in tensors.items() if t is not None and not bool(entries(t.detach()).isfinite().all())]
-    return ", ".join(repr(key) for key in bad[:3]) + (", …" if len(bad) > 3 else "")
+    """Run the same steps with torch's own optimizer, keeping nothing; on failure a stream goes back."""
+    models = Models({name: model.detach() for name, model in upstream.items()})
+    losses: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            start = loop.start(loop.own, meta_params, upstream)
+        steps = PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
+        with nullcontext() if on_step else loop.opened(upstream):  # what is called meanwhile may draw random numbers
+            for t in range(loop.num_steps):
+                loss, gradients = steps.gradient(t, (lambda loss, params: loop.check_graph(loss)) if t == 0 else None)
+                if t == 0:
+                    loop.check_gradients(gradients)
+                steps.update(t, gradients)
+                losses.append(loss)
+                loop.watch(losses)
+                if on_step is not None:
+                    on_step(loop.name, t, loss)
+        return loop.finish(steps.weights(), steps.buffers, steps.state(), losses)
+    except BaseException:
+        if isinstance(loop.batches, Passing):
+            loop.batches.rewind()
+        raise

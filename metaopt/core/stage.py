@@ -21,7 +21,6 @@ from metaopt.core.contracts import (
     HandOver,
     InnerLoss,
     LossFunction,
-    OnStep,
     Transform,
     Upstream,
     require_arguments,
@@ -30,16 +29,13 @@ from metaopt.core.contracts import (
 from metaopt.core.guards import refuse_unsupported, refuse_unusable
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, as_given
-from metaopt.core.plain import train_plainly
 from metaopt.core.unrolled import Unrolled
 from metaopt.core.view import ModelStructure
-from metaopt.optimizers.kinds import per_element
-from metaopt.optimizers.rule import UpdateRule, make_optimizer
+from metaopt.optimizers.kinds import make_optimizer
+from metaopt.optimizers.rule import UpdateRule
 from metaopt.optimizers.schedules import Schedule
-from metaopt.optimizers.step import attributes, with_attributes
+from metaopt.optimizers.step import attributes, per_element, with_attributes
 
-ModelOrFactory = nn.Module | Callable[[], nn.Module]
-OptimizerOrFactory = Optimizer | Callable[[Any], Optimizer]
 MOST_HELD = 1000  # batches of an unroll that are drawn and held; of a longer one, an epoch is
 _BATCHES, _INIT = 1, 2  # what a seed is derived for, beside the inner steps
 
@@ -70,8 +66,8 @@ class Stage:
 
     def __init__(
         self,
-        model: ModelOrFactory,
-        optimizer: OptimizerOrFactory,
+        model: nn.Module | Callable[[], nn.Module],
+        optimizer: Optimizer | Callable[[Any], Optimizer],
         loss: InnerLoss | LossFunction,
         batches: Iterable[Any] | HandOver | Callable[[Upstream], Iterable[Any]],
         num_steps: int,
@@ -95,10 +91,7 @@ class Stage:
             if given is not None:
                 require_arguments(given, arguments, f"Stage: {slot}")
         if autocast not in (None, "bfloat16"):
-            raise ConfigError(
-                f"Stage: autocast={autocast!r} must be 'bfloat16' or None (float16 would need a loss scale, which "
-                "depends on overflows and has no derivative)"
-            )
+            raise ConfigError(f"Stage: autocast={autocast!r} must be 'bfloat16' or None; float16 needs a loss scale")
         if seed is not None and seed < 0:
             raise ConfigError(f"Stage: seed={seed} must not be negative")
         self.num_steps, self.accumulate, self.batches = num_steps, accumulate, batches
@@ -119,8 +112,6 @@ class Stage:
         self._initial_optimizer = copy.deepcopy(self.optimizer.state_dict())
         self._stream = self._open_stream()
 
-    # --- what a training starts from ----------------------------------------------------------------------------
-
     @property
     def like(self) -> Tensor:
         """A parameter whose device and dtype the batches take: a floating one, beside which there may be quantised."""
@@ -134,16 +125,13 @@ class Stage:
         """Raise if the stage, of this name, cannot be differentiated or a slot misreads the meta-parameters."""
         self._seen.clear()
         refuse_unsupported(self.model, name)
-        trained = set(self.rule.names)
-        frozen = [n for n, p in self.structure.params.items() if n in trained and not p.requires_grad]
-        if frozen:
+        params = self.structure.params
+        if frozen := [n for n in self.rule.names if not params[n].requires_grad]:
             raise StageError(
-                f"stage {name!r}: parameter {frozen[0]!r} was frozen after the stage was built; freeze with "
-                "requires_grad_(False) first, then build the Stage"
+                f"stage {name!r}: parameter {frozen[0]!r} was frozen after the Stage was built, not before"
             )
         for slot in (self.overrides, self.initial):
-            check = getattr(slot, "check", None)  # as FromMeta has
-            if check is not None:
+            if check := getattr(slot, "check", None):  # as FromMeta has
                 check(self, meta_params)
         self.estimator.check(name, self)
 
@@ -163,16 +151,12 @@ class Stage:
         self.structure.stage = name
         steps = self.num_steps if num_steps is None else num_steps
         like = self.like
-
-        def fit(batches: list[Any]) -> list[Any]:
-            return [move(batch, like) for batch in batches]
-
         with telling(lambda: f"the batches of stage {name!r} ({type(self.batches).__name__})"):
             if self._stream is not None and not isinstance(self.batches, HandOver):
                 draw = Passing if passing else _batches_ahead
-                batches = draw(self._stream, steps, self.accumulate, fit)
+                batches = draw(self._stream, steps, self.accumulate, like)
             else:
-                drawn = fit(self._write_batches(upstream, steps * self.accumulate))
+                drawn = move(self._write_batches(upstream, steps * self.accumulate), like)
                 batches = [drawn[i * self.accumulate : (i + 1) * self.accumulate] for i in range(steps)]
         return InnerLoop(
             name=name,
@@ -216,35 +200,9 @@ class Stage:
             return scheduled
         with telling(lambda: f"the overrides of stage {name!r}, inner step {t}"):
             learned = self.overrides(as_given(meta_params), t)
-        both = [key for key in learned if key in scheduled]
-        if both:
-            raise ConfigError(
-                f"schedule and overrides both give {both[0]!r}; leave one of them out, or let overrides compute the "
-                "product from its step t"
-            )
+        if both := ", ".join(repr(key) for key in scheduled if key in learned):
+            raise ConfigError(f"schedule and overrides both give {both}; leave one out, or let overrides compute both")
         return {**scheduled, **learned}
-
-    # --- carrying on --------------------------------------------------------------------------------------------
-
-    def train(
-        self,
-        name: str,
-        meta_params: AnyMetaParameters,
-        upstream: Upstream,
-        owners: Mapping[int, str],
-        num_steps: int,
-        on_step: OnStep | None,
-    ) -> InnerResult:
-        """Train without a graph and carry on from the result; a training that fails leaves the stage as it was."""
-        loop = self.begin(name, upstream, owners, num_steps, passing=True)
-        try:
-            result = train_plainly(loop, meta_params, upstream, on_step)
-        except BaseException:
-            if isinstance(loop.batches, Passing):
-                loop.batches.rewind()
-            raise
-        self.commit(result, passed=isinstance(loop.batches, Passing))
-        return result
 
     def commit(self, result: InnerResult, passed: bool = False) -> None:
         """Carry on from a trained model: weights, buffers, optimizer state, random state, and the batch stream.
@@ -291,8 +249,6 @@ class Stage:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"Stage: the model factory returned a {type(model).__name__}, not an nn.Module")
         return model
-
-    # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an unroll depends on and `reset` goes back to; frozen weights are the module's own."""
@@ -347,10 +303,8 @@ class Stage:
         return BatchStream(source, derived_seed(self.seed, 0, _BATCHES))
 
 
-def _batches_ahead(
-    stream: BatchStream, num_steps: int, per_step: int, fit: Callable[[list[Any]], list[Any]]
-) -> Sequence[list[Any]]:
-    """Return the batches of a stream's next steps, made to `fit`; the stream stays where it is.
+def _batches_ahead(stream: BatchStream, num_steps: int, per_step: int, like: Tensor) -> Sequence[list[Any]]:
+    """Return the batches of a stream's next steps, fit for `like`; the stream stays where it is.
 
     Those of a list are looked up when a step asks. Those of a DataLoader are drawn and held; where there are many, and
     no worker processes would have to be started again, they are drawn once more when a step goes back.
@@ -358,8 +312,8 @@ def _batches_ahead(
     held = stream.peek(min(num_steps, 1))  # raises where there is none
     if stream.is_list and held:
         source, start = list(stream.source), stream.state_dict()["position"]
-        return Ahead(lambda i: source[(start + i) % len(source)], num_steps, per_step, fit, source)
+        return Ahead(lambda i: source[(start + i) % len(source)], num_steps, per_step, like, source)
     if num_steps * per_step > MOST_HELD and not getattr(stream.source, "num_workers", 0):
-        return Ahead(Epochs(stream), num_steps, per_step, fit)
-    held = fit(stream.peek(num_steps * per_step))
+        return Ahead(Epochs(stream), num_steps, per_step, like)
+    held = move(stream.peek(num_steps * per_step), like)
     return [held[i * per_step : (i + 1) * per_step] for i in range(num_steps)]

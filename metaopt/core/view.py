@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from metaopt.base.errors import ConfigError, StageError, did_you_mean
+from metaopt.core.guards import PlainWeightNorm, warn_of_other_inputs
 
 Tensors = dict[str, Tensor]
 Call = Callable[[Mapping[str, Tensor], Tensors, bool, Any, Any], Any]
@@ -38,20 +38,18 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
     Raises:
         StageError: another thread has one of them; nothing was changed.
     """
-    modules, thread, new = list(modules), threading.get_ident(), []  # a list, to keep them alive
+    modules, thread = list(modules), threading.get_ident()  # a list, to keep them alive
+    with _holding:
+        for module in modules:
+            if _holders.get(id(module), thread) != thread:
+                raise StageError(
+                    f"{type(module).__name__} is in use by another thread, which lends it other tensors while it runs; "
+                    f"thread {threading.current_thread().name!r} needs one of its own, copy.deepcopy(...), or must "
+                    "wait: hold one threading.Lock around unroll, objective and backward in both"
+                )
+        new = {id(module) for module in modules} - _holders.keys()
+        _holders.update(dict.fromkeys(new, thread))
     try:
-        with _holding:
-            for module in modules:
-                holder = _holders.get(id(module))
-                if holder is None:
-                    _holders[id(module)] = thread
-                    new.append(id(module))
-                elif holder != thread:
-                    raise StageError(
-                        f"{type(module).__name__} is in use by another thread, which lends it other tensors while it "
-                        f"runs; thread {threading.current_thread().name!r} needs one of its own, copy.deepcopy(...), "
-                        "or must wait: hold one threading.Lock around unroll, objective and backward in both"
-                    )
         yield
     finally:
         with _holding:
@@ -150,7 +148,7 @@ class ModelStructure:
     @contextmanager
     def install(self, params: Mapping[str, Tensor], buffers: Tensors, training: bool) -> Iterator[nn.Module]:
         """Lend the module these tensors, in train or eval mode."""
-        normed: AbstractContextManager[Any] = _PlainWeightNorm() if self._normed else nullcontext()
+        normed: AbstractContextManager[Any] = PlainWeightNorm() if self._normed else nullcontext()
         is_ready = self._ready == (threading.get_ident(), training)
         ready = nullcontext() if is_ready else self.ready(training)
         with ready, self.swap(params, buffers) as module, _refusing_recomputation(), normed:
@@ -166,16 +164,6 @@ def _slots(tensors: dict[str, Any], names: Mapping[int, str]) -> list[Slot]:
     return [(tensors, key, names[id(tensor)]) for key, tensor in tensors.items() if tensor is not None]
 
 
-class _PlainWeightNorm(TorchFunctionMode):
-    """Weight norm by its formula `g v / ‖v‖`: torch's kernel takes ‖v‖ as a constant in the second derivative."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
-            v, g, dim = args
-            return v * (g / torch.norm_except_dim(v, 2, dim))
-        return func(*args, **(kwargs or {}))
-
-
 RECOMPUTES = (
     "the model recomputes part of its forward during the backward (torch.utils.checkpoint), when the trained weights "
     "are swapped back already; take the checkpointing out of its forward: estimators.Checkpointed() saves more memory"
@@ -185,12 +173,9 @@ RECOMPUTES = (
 @contextmanager
 def _refusing_recomputation() -> Iterator[None]:
     """Raise if something inside the block asks to recompute saved tensors later, as `torch.utils.checkpoint` does."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    if hooks is not None:  # the user's own, around the unroll
-        yield
-        return
+    users = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTES):
+        with nullcontext() if users else torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTES):
             yield
     except RuntimeError as error:
         if str(error) != RECOMPUTES:
@@ -209,22 +194,6 @@ class Training:
     loss: Any
     step: int
     read: set[frozenset[str]]
-
-    def warn_of_others(self, kwargs: Mapping[str, Any]) -> None:
-        """Warn, once for the same names, if a call lacks what every call in training had."""
-        now = names_read(kwargs)
-        made = {"decoder_input_ids"} if "labels" in kwargs else set()  # by the model itself
-        if not now or not self.read or any(names <= now | made for names in self.read):
-            return
-        before = " or ".join(sorted(", ".join(sorted(names)) for names in self.read))
-        self.read.add(now)
-        warnings.warn(
-            f"stage {self.stage!r} read {before} in training and reads {', '.join(sorted(now))} now: inputs that it "
-            f"never saw. Feed it as in training: metaopt.PipelineLoss({self.stage!r}), objective=pipeline (a loss of "
-            "your own makes the student's inputs in student_inputs(...) of a metaopt.FromUpstream)",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def names_read(kwargs: Mapping[str, Any]) -> frozenset[str]:
@@ -259,8 +228,8 @@ class FunctionalModel:
         self._call = call or structure.call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.trained is not None and not args:
-            self.trained.warn_of_others(kwargs)
+        if self.trained is not None and not args and names_read(kwargs) not in self.trained.read:
+            warn_of_other_inputs(self.trained, names_read(kwargs), "labels" in kwargs)
         return self._call(self.params, self._call_buffers(), self.training, args, kwargs)
 
     @property
@@ -291,11 +260,9 @@ class FunctionalModel:
         mode = "train" if self.training else "eval"
         return f"{type(self).__name__}({type(self.structure.module).__name__}, {len(self.params)} tensors, {mode})"
 
-    @contextmanager
-    def as_module(self) -> Iterator[nn.Module]:
+    def as_module(self) -> AbstractContextManager[nn.Module]:
         """Lend the user's module these weights, so that its own methods (`generate`) use them, in the graph."""
-        with self.structure.install(self.params, self._call_buffers(), self.training) as module:
-            yield module
+        return self.structure.install(self.params, self._call_buffers(), self.training)
 
     def train(self, mode: bool = True) -> FunctionalModel:
         """Return the same model as a view in train mode (dropout on, batch statistics)."""
@@ -313,14 +280,10 @@ class FunctionalModel:
         self, params: Mapping[str, Tensor], training: bool | None = None, buffers: Tensors | None = None
     ) -> FunctionalModel:
         """Return the same model with other weights, in its own mode and with its own buffers where none are given."""
-        return FunctionalModel(
-            self.structure,
-            params,
-            self.buffers if buffers is None else buffers,
-            training=self.training if training is None else training,
-            optimizer_state=self.optimizer_state,
-            trained=self.trained,
-        )
+        model = FunctionalModel(self.structure, params, self.buffers if buffers is None else buffers)
+        model.training = self.training if training is None else training
+        model.optimizer_state, model.trained = self.optimizer_state, self.trained
+        return model
 
 
 class Models(dict[str, FunctionalModel]):
@@ -328,31 +291,3 @@ class Models(dict[str, FunctionalModel]):
 
     def __missing__(self, name: str) -> FunctionalModel:
         raise ConfigError(f"there is no stage {name!r} to read here{did_you_mean(name, self)}")
-
-
-class InnerModel(FunctionalModel):
-    """The model inside its own inner step: in train mode, and its calls move `buffers` (batch-norm statistics)."""
-
-    read_step: Callable[[], int] = staticmethod(lambda: 0)
-    read: set[frozenset[str]] | None = None  # the names of what it reads are added here
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and self.read is not None:
-            self.note_reading(kwargs)
-        return self._call(self.params, self.buffers, self.training, args, kwargs)
-
-    def note_reading(self, inputs: Mapping[str, Any]) -> None:
-        if self.read is not None:
-            self.read.add(names_read(inputs))
-
-    @property
-    def step(self) -> int:
-        """Inner steps that the stage has taken before this one, since its start or last reset."""
-        return self.read_step()
-
-    def _call_buffers(self) -> Tensors:
-        return self.buffers
-
-    def train(self, mode: bool = True) -> FunctionalModel:
-        """Return the model itself, which is in train mode already, or a view in eval mode."""
-        return self if mode else super().train(False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metaopt.base.errors import MissingPathError, StageError
-from metaopt.core import graphs as layer
+from metaopt.core import unrolled as layer
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.paths.explain import explained_by_graph
 from metaopt.estimators.products.base import linearized

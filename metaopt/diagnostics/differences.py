@@ -18,6 +18,7 @@ from metaopt.base.streams import seeded
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import Estimator, evaluate
 from metaopt.core.meta_params import AnyMetaParameters, as_named, named_tensors
+from metaopt.diagnostics.non_finite import locating_in_training
 
 NUM_NOISE_RUNS = 9  # of `Pipeline.noise`
 _FINE, _COARSE = 1e-6, 1e-4  # spacings
@@ -89,7 +90,8 @@ class Pipeline:
     def run(self) -> tuple[TrainedChain, Tensor]:
         """Return the trained models and the meta-loss, in the graph where there is one."""
         with seeded(self.seed, self.chain.device):  # an objective in train mode draws new dropout masks at every call
-            trained = self.chain.unroll(self.meta_params)
+            with locating_in_training():
+                trained = self.chain.unroll(self.meta_params)
             loss = evaluate(self.objective, trained, self.batch, self.meta_params)
         self.on_run()
         return trained, loss

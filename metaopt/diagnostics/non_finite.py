@@ -7,7 +7,8 @@ import functools
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 import metaopt
 from metaopt.base.errors import NonFiniteError
+from metaopt.base.streams import Passing
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import Upstream
 from metaopt.core.graphs import nodes
 from metaopt.core.inner_loop import InnerLoop
 from metaopt.core.meta_params import AnyMetaParameters, as_modules, named_tensors
-from metaopt.core.plain import LOOK, broken
+from metaopt.core.plain import PlainSteps
+from metaopt.core.unrolled import entries
 from metaopt.core.view import Models, Tensors
 from metaopt.estimators.products.base import DoubleBackward, Pullback, Wanted, leaves, linearized
 from metaopt.estimators.step_loss import Key, StepLoss
@@ -30,6 +33,8 @@ from metaopt.estimators.sweep import Sweep
 from metaopt.estimators.update_vjp import Below
 
 Cotangents = dict[Key, Tensor]
+LOWER = "lower the inner learning rate, or clip: Stage(..., transform=metaopt.ClipNorm(1.0))"
+LOOK = "look for a root or norm at 0, a log of 0 or 0/0 in the loss"
 
 
 def locate_non_finite(
@@ -45,9 +50,12 @@ def locate_non_finite(
 
     Returns:
         What, in which stage, at which inner step, and the line of the loss if torch names it; None if all is finite.
+
+    Raises:
+        NonFiniteError: a stage's training itself stops being finite; it says where.
     """
     meta_params = as_modules(meta_params)
-    with torch.no_grad():
+    with torch.no_grad(), locating_in_training():
         trained = chain.unroll(meta_params)
     models = Models()
     for name, model in trained.items():
@@ -70,6 +78,60 @@ def located(
     """Return the error of a backward with where it arose, if `locate_non_finite` finds it."""
     where = locate_non_finite(chain, meta_loss, meta_params)
     return NonFiniteError(f"{error}. It arises {where}") if where else error
+
+
+@contextmanager
+def locating_in_training() -> Iterator[None]:
+    """Say of a training inside the block that stops being finite what does so first, by running it once more."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise located_in_training(error) from None
+
+
+def located_in_training(error: NonFiniteError) -> NonFiniteError:
+    """Return the error of a training with what stopped being finite first, if it can be run again."""
+    if error.training is None:
+        return error
+    loop, first = error.training[0], _first_in_training(*error.training)
+    if isinstance(loop.batches, Passing):
+        loop.batches.rewind()
+    return NonFiniteError(f"stage {loop.name!r}: {first}") if first else error
+
+
+def _first_in_training(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> str | None:
+    """Run a stage's steps once more, looking at each, and say what stops being finite first; None if nothing does."""
+    if found := broken(named_tensors(meta_params)):
+        return f"meta-parameter {found} is not finite before the first inner step; lower the meta-learning rate"
+    with torch.no_grad():
+        start = loop.start(loop.own, meta_params, upstream)
+    if found := broken(start):
+        return f"parameter {found} is not finite before the first inner step"
+    models = Models({name: model.detach() for name, model in upstream.items()})
+    steps = PlainSteps(loop, start, loop.rule.initial_state(), loop.start_buffers(), meta_params, models)
+    for t in range(loop.num_steps):
+        where, weights = f"inner step {t} of {loop.num_steps}", steps.weights().values()
+        loss, gradients = steps.gradient(t)
+        if not bool(loss.isfinite()):
+            largest = max((float(w.abs().max()) for w in weights if w.numel()), default=0.0)
+            return (
+                f"the inner loss is {loss.item()} at {where}, with finite weights of up to {largest:.3g}; where they "
+                f"grow, {LOWER}; otherwise {LOOK} or what is not finite in the batch"
+            )
+        if found := broken(gradients):
+            return (
+                f"the inner gradient of {found} is not finite at {where}, though the loss is {loss.item():.6g}; {LOOK}"
+            )
+        steps.update(t, gradients)
+        if found := broken(steps.weights()):
+            return f"parameter {found} is not finite after {t + 1} inner steps of {loop.num_steps}; {LOWER}"
+    return None
+
+
+def broken(tensors: Mapping[Any, Tensor | None]) -> str:
+    """Name the tensors that are not finite, or return an empty string."""
+    bad = [key for key, t in tensors.items() if t is not None and not bool(entries(t.detach()).isfinite().all())]
+    return ", ".join(repr(key) for key in bad[:3]) + (", …" if len(bad) > 3 else "")
 
 
 def _at_objective(

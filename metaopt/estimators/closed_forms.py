@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from metaopt.optimizers.flattened import Block, JointStep
-from metaopt.optimizers.kinds import carries_gradient, per_element
+from metaopt.optimizers.rule import Block, JointStep
+from metaopt.optimizers.step import carries_gradient, per_element
 
 Key = tuple[str, str]
 PARAM, GRADIENT = ("param", ""), ("gradient", "")  # state entries are ("state", their key)

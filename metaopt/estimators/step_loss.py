@@ -19,7 +19,7 @@ from metaopt.core.meta_params import AnyMetaParameters, Lending, as_named
 from metaopt.core.view import Models
 from metaopt.estimators.places import split_tensors
 from metaopt.estimators.storage import StepRecord
-from metaopt.optimizers.flattened import Joined, named
+from metaopt.optimizers.rule import Joined, named
 
 Key = tuple[str | None, str]  # (upstream stage, or None for a meta-parameter; name)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -20,7 +20,7 @@ from metaopt.core.plain import PlainSteps
 from metaopt.core.view import Tensors
 from metaopt.estimators.places import PLACES, Place, PlaceName, make_place, on_device, put_tree
 from metaopt.estimators.revolve import enough_states, kept_between, num_runs
-from metaopt.optimizers.flattened import State
+from metaopt.optimizers.rule import State
 
 log = logging.getLogger("metaopt")
 Kept = Literal["states", "gradients", "recompute"]
@@ -180,7 +180,7 @@ def parse_bytes(budget: int | str) -> int:
 class StepRecord:
     """An inner step as it was: weights, optimizer state and buffers before it, its raw gradient and loss if known."""
 
-    params: Tensors
+    params: Mapping[str, Tensor]
     state: State
     buffers: Tensors
     gradient: Gradients | None = None

@@ -26,7 +26,7 @@ from metaopt.estimators.products.base import Product, Wanted
 from metaopt.estimators.step_loss import Key, StepLoss, settings_of
 from metaopt.estimators.storage import StepRecord, Storage
 from metaopt.estimators.update_vjp import Below, add, added, update_vjp
-from metaopt.optimizers.flattened import State
+from metaopt.optimizers.rule import State
 
 
 class Sweep:

@@ -18,8 +18,8 @@ from metaopt.core.view import Tensors
 from metaopt.estimators.closed_forms import GRADIENT, PARAM, Key, Pieces, closed_form
 from metaopt.estimators.products.base import leaves, linearized
 from metaopt.estimators.storage import StepRecord
-from metaopt.optimizers.flattened import Block, Joined, JointStep, but
-from metaopt.optimizers.kinds import carries_gradient, per_element
+from metaopt.optimizers.rule import Block, Joined, JointStep, but
+from metaopt.optimizers.step import carries_gradient, per_element
 
 MOST_ELEMENTS = 2**17  # of what a step computes between: it stays in the processor's cache, and below the model's size
 
@@ -97,7 +97,9 @@ def _by_block(blocks: Sequence[Block], state: Mapping[str, Any]) -> Mapping[str,
     return each
 
 
-def _weights(block: Block, params: Tensors, above: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _weights(
+    block: Block, params: Mapping[str, Tensor], above: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Return the cotangents of a block's weights (under no key) and of the entries of its state, where there are."""
 
     def joined(present: dict[str, Tensor]) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.core.contracts import InnerLoss, MetaObjective, Trained, Upstream
-from metaopt.core.meta_params import AnyMetaParameters, MetaParameters
+from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import FunctionalModel
 from metaopt.data.bundle import STREAMS, DataBundle
 from metaopt.losses.distillation import FromUpstream
+from metaopt.meta_params.tables import MetaParameters
 
 VOCABULARY = 32
 

@@ -20,18 +20,8 @@ from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.core.view import FunctionalModel, Models
 from metaopt.losses.distillation import FromUpstream
 from metaopt.losses.logits import IGNORED, label_losses, logits_and_labels, mean_over_positions
+from metaopt.losses.supervised import ValidationLoss
 from metaopt.meta_params.tables import select
-
-
-class ValidationLoss(MetaObjective):
-    """Mean cross-entropy of one trained `stage` on validation data: the same mean of the same labels as in training."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-        self.reads = (stage,)
-
-    def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
-        return mean_over_positions(*label_losses(trained[self.stage], batch)).mean()
 
 
 class PipelineLoss(ValidationLoss):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, StageError, did_you_mean
-from metaopt.core.contracts import InnerLoss, Upstream
-from metaopt.core.meta_params import Uniform
+from metaopt.core.contracts import InnerLoss, MetaObjective, Trained, Upstream
+from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import FunctionalModel
 from metaopt.losses.logits import counted, label_losses, logits_of, mean_over_positions, model_inputs, weighted_mean
 from metaopt.meta_params.learned import EMBEDDINGS
-from metaopt.meta_params.tables import select
+from metaopt.meta_params.tables import Uniform, select
 
 
 class CrossEntropy(InnerLoss):
@@ -27,6 +27,17 @@ class CrossEntropy(InnerLoss):
 
     def __call__(self, model: FunctionalModel, batch: Any, meta_params: Any, upstream: Upstream) -> Tensor:
         return mean_over_positions(*label_losses(model, batch)).mean()
+
+
+class ValidationLoss(MetaObjective):
+    """Mean cross-entropy of one trained `stage` on validation data: the same mean of the same labels as in training."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.reads = (stage,)
+
+    def __call__(self, trained: Trained, batch: Any, meta_params: AnyMetaParameters) -> Tensor:
+        return mean_over_positions(*label_losses(trained[self.stage], batch)).mean()
 
 
 class LabelSmoothing(InnerLoss):

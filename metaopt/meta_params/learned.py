@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts, matching
-from metaopt.core.meta_params import AnyMetaParameters, MetaParameters, Uniform
-from metaopt.meta_params.tables import check_positive, select
+from metaopt.core.meta_params import AnyMetaParameters
+from metaopt.meta_params.tables import MetaParameters, Uniform, check_positive, select
 
 EMBEDDINGS = "inputs_embeds"
 

@@ -12,19 +12,38 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import check_counts
-from metaopt.core.meta_params import (
-    AnyMetaParameters,
-    MetaParameters,
-    TensorWeights,
-    Uniform,
-    as_given,
-    as_named,
-    named_tensors,
-)
+from metaopt.core.meta_params import AnyMetaParameters, TensorWeights, as_given, as_named, named_tensors
 
 PARAMETRISATIONS = ("softmax", "sigmoid")
 MANY = 2**16  # entries from which on a gradient is kept by rows
 MOST_SHOWN = 32  # numbers that a summary lists
+
+
+class MetaParameters(nn.Module):
+    """Base class of what is learned; a plain `nn.Module` serves as well.
+
+    One that weighs examples implements `forward(batch) -> weights [batch size]`, or [batch size, positions].
+    `reads_losses` marks those that are called `forward(batch, losses)`, with each example's loss.
+    """
+
+    reads_losses: bool = False
+
+    def summary(self) -> dict[str, float]:
+        """Return the few numbers that tell what was learned, by name; tables of weights have reports of their own."""
+        return {}
+
+    def baseline(self) -> nn.Module:
+        """Return what training without learning it would use: by default weight 1 for all."""
+        return Uniform()
+
+
+class Uniform(MetaParameters):
+    """Weight 1 for every example: the baseline that learns nothing."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return ones [batch size]."""
+        some = next(value for value in batch.values() if isinstance(value, Tensor))
+        return torch.ones(len(some), device=some.device)
 
 
 class _Table(MetaParameters):
@@ -243,12 +262,18 @@ def look_up(table: Tensor, batch: Mapping[str, Tensor], key: str, reader: str, s
 
 def baseline(meta_params: AnyMetaParameters) -> AnyMetaParameters:
     """Return what training without these meta-parameters uses in their place."""
-    plain = {n: m.baseline() if isinstance(m, MetaParameters) else Uniform() for n, m in as_named(meta_params).items()}
+    plain = {name: _baseline_of(module) for name, module in as_named(meta_params).items()}
     like = next(iter(named_tensors(meta_params).values()), None)
     if like is not None:
         for module in plain.values():
             module.requires_grad_(False).to(like)
     return as_given(plain.get("", plain))
+
+
+def _baseline_of(module: nn.Module) -> nn.Module:
+    if isinstance(module, TensorWeights):
+        return TensorWeights(torch.ones_like(module.weights()), module.name)
+    return module.baseline() if isinstance(module, MetaParameters) else Uniform()
 
 
 def summary(meta_params: AnyMetaParameters) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""`torch.optim` made differentiable and registered with `higher`: the update half of an inner step."""
+"""`torch.optim` made differentiable: the update half of an inner step."""

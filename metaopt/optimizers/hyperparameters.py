@@ -19,16 +19,13 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """One parameter group at one step.
+    """One parameter group at one step; its learned hyperparameters are in their graph.
 
-    Args:
-        hyperparameters: by name; learned ones in their graph.
-        names: of its trained parameters.
-        rates: by parameter, learned ones and 0 (by which torch's own step divides): `lr` is 1, and they scale the step.
+    `rates` are by parameter, learned or 0 (by which torch's own step divides): `lr` is 1, and they scale the step.
     """
 
     hyperparameters: dict[str, Any]
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of its trained parameters
     rates: Mapping[str, Any] | None = None
 
 
@@ -39,16 +36,11 @@ def check_overrides(overrides: Overrides, groups: Sequence[Group], kind: Kind, c
         if key not in known:
             raise ConfigError(f"overrides: {cls} has no hyperparameter {key!r}{did_you_mean(key, known)}")
         if isinstance(value, list) and len(value) != len(groups):
-            raise ConfigError(
-                f"overrides: {key!r} has {len(value)} values for {len(groups)} parameter groups; give one value, or a "
-                "list of one per group"
-            )
+            raise ConfigError(f"overrides: {key!r} has {len(value)} values for {len(groups)} parameter groups")
         by_name = value if isinstance(value, Mapping) else {}
-        for name in by_name:
-            if name not in names:
-                raise ConfigError(
-                    f"overrides: {key!r} names {name!r}, which is no trained parameter{did_you_mean(name, names)}"
-                )
+        for name in by_name.keys() - set(names):
+            hint = did_you_mean(name, names)
+            raise ConfigError(f"overrides: {key!r} names {name!r}, which is no trained parameter{hint}")
         for leaf in tree_leaves(list(by_name.values()) or value):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 _check_learned(key, leaf, kind, cls)
@@ -67,10 +59,7 @@ def _check_learned(key: str, value: Tensor, kind: Kind, cls: str) -> None:
             "group, or a mapping from parameter names to numbers"
         )
     if key == "momentum" and not value.item() > 0:
-        raise ConfigError(
-            f"overrides: a learned momentum is {value.item()}, and at 0 torch keeps no momentum buffer; keep it "
-            "above 0 (a sigmoid does)"
-        )
+        raise ConfigError(f"overrides: a learned momentum is {value.item()}; keep it above 0 (a sigmoid does)")
 
 
 def with_overrides(groups: Sequence[Group], overrides: Overrides, together: Sequence[str] = ()) -> list[Group]:

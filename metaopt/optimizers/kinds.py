@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaopt.base.errors import ConfigError, StageError
@@ -18,24 +18,15 @@ StepFunction = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a class of optimizers.
+    """What is known of a class of optimizers."""
 
-    Args:
-        learnable: hyperparameters that may be tensors in the graph.
-        linear_in_rate: `lr` scales the whole step and nothing else, so that a learned one can enter as that scale.
-        elementwise: the step treats every element alike, so that it may be taken on concatenated parameters.
-        step: the step as a function; None for the class's own `step()`.
-        proof: (optimizer, kind) → keys that a step writes into its group; it raises where the step cannot be right.
-            None for what the project's own tests prove.
-        reasons: hyperparameter → why it cannot be learned.
-    """
-
-    learnable: tuple[str, ...] = ()
-    linear_in_rate: bool = True
-    elementwise: bool = True
-    step: StepFunction | None = None
+    learnable: tuple[str, ...] = ()  # hyperparameters that may be tensors in the graph
+    linear_in_rate: bool = True  # `lr` scales the whole step and nothing else, so that a learned one enters as that
+    elementwise: bool = True  # the step treats every element alike, so that it may be taken on joined parameters
+    step: StepFunction | None = None  # the step as a function; None for the class's own `step()`
+    # → keys that a step writes into its group; it raises where the step cannot be right; None if our tests prove it
     proof: Callable[[Optimizer, Kind], tuple[str, ...]] | None = None
-    reasons: Mapping[str, str] | None = None
+    reasons: Mapping[str, str] | None = None  # hyperparameter → why it cannot be learned
 
 
 _OF_ASGD = "it enters ASGD's own decaying rate, which torch keeps as a number outside the graph"
@@ -63,19 +54,6 @@ REFUSED = {
 }
 registered: dict[type[Optimizer], Kind] = {}
 
-# State that all parameters of one age share: 0-dim. Other state has its parameter's shape.
-COUNTERS = {"step", "mu_product", "eta", "mu"}
-
-
-def per_element(key: str, value: Any) -> bool:
-    """Whether a piece of optimizer state has the shape of its parameter."""
-    return isinstance(value, Tensor) and not (key in COUNTERS and value.dim() == 0)
-
-
-def carries_gradient(key: str, value: Any) -> bool:
-    """Whether a piece of optimizer state depends on what went in: all floating tensors but the count of steps."""
-    return isinstance(value, Tensor) and value.is_floating_point() and (key != "step" or value.dim() > 0)
-
 
 def kind_of(optimizer: Optimizer) -> Kind:
     """Return what is known of an optimizer's class.
@@ -92,16 +70,14 @@ def kind_of(optimizer: Optimizer) -> Kind:
         )
     kind, names = SUPPORTED.get(cls) or registered.get(cls), ", ".join(known.__name__ for known in SUPPORTED)
     if kind is None and getattr(torch.optim, name, None) is cls:
-        raise ConfigError(
-            f"{name} cannot train a stage: {REFUSED.get(name, 'its hypergradient is not proven')}; use one of {names}, "
-            "for example functools.partial(torch.optim.AdamW, lr=1e-3)"
-        )
+        reason = REFUSED.get(name, "its hypergradient is not proven")
+        use = f"use one of {names}, say functools.partial(torch.optim.AdamW, lr=1e-3)"
+        raise ConfigError(f"{name} cannot train a stage: {reason}; {use}")
     if kind is None:
         ours = f"take metaopt.{name}, or " if name in ("Muon", "Adafactor") else ""
         raise ConfigError(
             f"{name} is not among the inner optimizers whose hypergradient is proven ({names}); {ours}write "
-            f"metaopt.register_optimizer({name}), which tries it out, or register_optimizer({name}, step=...) with its "
-            "update as a function"
+            f"metaopt.register_optimizer({name}), which tries it out, or give its update as a function, step=..."
         )
     hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
     if hooks:
@@ -117,3 +93,23 @@ def kind_of(optimizer: Optimizer) -> Kind:
                 f"metaopt.LearnedHyperparameters({key}=...) and Stage(..., overrides=metaopt.FromMeta())"
             )
     return kind
+
+
+def make_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
+    """Return the user's optimizer, or the one that a factory makes over the parameters that require grad."""
+    factory: Any = optimizer
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        return factory  # what it is, is asked where it is used
+    trained = NamedParameters({n: p for n, p in model.named_parameters() if p.requires_grad})
+    if not trained:
+        raise ConfigError("Stage: every parameter of the model is frozen; set requires_grad_(True) on what to train")
+    built: Optimizer = factory(trained)
+    return built
+
+
+class NamedParameters(list):
+    """A plain list of parameters that knows their names: what a stage hands an optimizer's factory."""
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        super().__init__(named.values())
+        self.names = list(named)

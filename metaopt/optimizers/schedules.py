@@ -27,23 +27,19 @@ class Schedule:
 
     def __init__(self, factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
         hint = "give what makes one for the stage's optimizer: schedule=functools.partial("
-        if isinstance(factory, LRScheduler):
+        if isinstance(factory, LRScheduler) or not callable(factory):
             cls = type(factory).__name__
-            raise ConfigError(f"schedule: a {cls} over an optimizer of its own was given; {hint}{cls}, ...)")
-        if not callable(factory):
-            raise ConfigError(f"schedule: a {type(factory).__name__} was given; {hint}{_EXAMPLE})")
+            example = f"{cls}, ..." if isinstance(factory, LRScheduler) else _EXAMPLE
+            raise ConfigError(f"schedule: a {cls} was given; {hint}{example})")
         groups = [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
         self._before = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self._shadow = shallow(optimizer, groups)
         self._scheduler = factory(self._shadow)
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ConfigError(
-                "schedule: ReduceLROnPlateau needs a metric; use a schedule that depends on the step only"
-            )
+            raise ConfigError("schedule: ReduceLROnPlateau needs a metric; use one that depends on the step only")
         if not hasattr(self._scheduler, "step"):
-            raise ConfigError(
-                f"schedule: the factory returned a {type(self._scheduler).__name__} and no scheduler; {hint}{_EXAMPLE})"
-            )
+            made = type(self._scheduler).__name__
+            raise ConfigError(f"schedule: the factory returned a {made} and no scheduler; {hint}{_EXAMPLE})")
         self._moved = {"lr"}
         self._values = [self._read()]
 

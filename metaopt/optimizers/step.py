@@ -144,11 +144,7 @@ class _StayInGraph(TorchFunctionMode):
             if learned:
                 return _operate(name, args, kwargs)
             target = args[:1] if name in _IN_PLACE else ()
-            operands = [
-                v.double() if isinstance(v, Tensor) and v.dim() == 0 and v.is_floating_point() else v
-                for v in args[len(target) :]
-            ]
-            return func(*target, *operands, **kwargs)
+            return func(*target, *map(_precise, args[len(target) :]), **kwargs)
         if learned:
             raise StageError(
                 f"a learned hyperparameter reaches torch.{name}, through which it cannot be differentiated; pass a "
@@ -191,9 +187,11 @@ def _kept(value: Any) -> Any:
     """Return an operand as autograd may keep it: the step goes on to change its own tensors in place."""
     if isinstance(value, TrackedFloat):
         return value.tensor
-    if not isinstance(value, Tensor):
-        return value
-    return (value.double() if value.dim() == 0 and value.is_floating_point() else value).clone()
+    return _precise(value).clone() if isinstance(value, Tensor) else value
+
+
+def _precise(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() else value
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -220,6 +218,20 @@ def honours_differentiable(optimizer: Optimizer) -> bool:
     return "differentiable" in optimizer.defaults
 
 
+# State that all parameters of one age share: 0-dim. Other state has its parameter's shape.
+COUNTERS = {"step", "mu_product", "eta", "mu"}
+
+
+def per_element(key: str, value: Any) -> bool:
+    """Whether a piece of optimizer state has the shape of its parameter."""
+    return isinstance(value, Tensor) and not (key in COUNTERS and value.dim() == 0)
+
+
+def carries_gradient(key: str, value: Any) -> bool:
+    """Whether a piece of optimizer state depends on what went in: all floating tensors but the count of steps."""
+    return isinstance(value, Tensor) and value.is_floating_point() and (key != "step" or value.dim() > 0)
+
+
 GROUP = "group."  # state of this prefix is what a step has written into its group
 _PERFORMANCE = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
 
@@ -235,7 +247,7 @@ class TorchStep:
     """
 
     def __init__(self, optimizer: Optimizer, function: StepFunction | None = None) -> None:
-        step = type(optimizer).step
+        step: Any = type(optimizer).step
         self._step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without torch's profiling around it
         self._template, self._function = shallow(optimizer, [], differentiable=True), function
         self._honours = honours_differentiable(optimizer)

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metaopt.base.errors import ConfigError
 from metaopt.optimizers import kinds
-from metaopt.optimizers.kinds import COUNTERS, SUPPORTED, Kind, StepFunction, per_element
+from metaopt.optimizers.kinds import SUPPORTED, Kind, StepFunction
 from metaopt.optimizers.rule import UpdateRule, copied
-from metaopt.optimizers.step import number, shallow
+from metaopt.optimizers.step import COUNTERS, number, per_element, shallow
 
 _STEPS, _STEP, _SAME, _CLOSE = 8, 1e-6, 1e-9, 1e-5
 _MOST = 4096  # elements of a parameter whose own shape is tried

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from metaopt.base.errors import ConfigError, did_you_mean
 from metaopt.base.ranges import matching
-from metaopt.optimizers.flattened import Tensors
+from metaopt.optimizers.rule import Tensors
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.autograd import gradgradcheck
 from torch.nn.utils.prune import l1_unstructured
 
 import metaopt
-from metaopt.core.view import _PlainWeightNorm
+from metaopt.core.guards import PlainWeightNorm
 from metaopt.estimators import Checkpointed, Unrolled
 
 VALIDATION = feature_batches(1, seed=8)[0]
@@ -113,7 +113,7 @@ def test_torch_s_weight_norm_alone_still_has_a_wrong_second_derivative() -> None
     kernel = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         gradgradcheck(lambda v: kernel(v, g, 0), (v,))
-    with _PlainWeightNorm():
+    with PlainWeightNorm():
         gradgradcheck(lambda v: kernel(v, g, 0), (v,))
         assert torch.allclose(kernel(v, g, 0), v * g / v.norm(dim=1, keepdim=True), rtol=1e-14)
 
@@ -237,6 +237,6 @@ def test_other_meta_parameters_and_slots_are_looked_at_anew():
     with pytest.raises(metaopt.ConfigError, match=r"is the parameter 'only\.linear\.weight'"):
         chain.unroll(chain.stages["only"].model)
     chain.stages["only"].estimator = metaopt.ConjugateGradient(3)
-    chain.stages["only"].transform = metaopt.ClipNorm(1.0)
+    chain.stages["only"].transform = metaopt.ClipNorm(1.0)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(metaopt.StageError, match="ConjugateGradient"):
         chain.unroll(example_weights())

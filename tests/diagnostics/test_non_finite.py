@@ -15,7 +15,7 @@ from torch import Tensor
 import metaopt
 from metaopt.core.chain import TrainedChain
 from metaopt.core.inner_loop import InnerLoop
-from metaopt.diagnostics.non_finite import locate_non_finite, located
+from metaopt.diagnostics.non_finite import locate_non_finite, located, locating_in_training
 from metaopt.estimators import Checkpointed, Estimator, Unrolled
 
 STEPS, BAD = 6, 3
@@ -43,7 +43,7 @@ def with_term(term: Term, at: int = BAD, loss: Any = None) -> Any:
 
 
 def run(chain: metaopt.Chain, how: str) -> None:
-    with torch.set_grad_enabled(how != "no graph"):
+    with torch.set_grad_enabled(how != "no graph"), locating_in_training():
         (chain.train if how == "train" else chain.unroll)(example_weights())
 
 
@@ -93,7 +93,7 @@ def test_meta_parameters_that_are_not_finite_are_named() -> None:
     with torch.no_grad():
         weights.logits[0] = float("nan")
     with pytest.raises(metaopt.NonFiniteError, match=r"meta-parameter 'logits' is not finite.*meta-learning rate"):
-        one_stage().unroll(weights)
+        locate_non_finite(one_stage(), lambda trained: torch.zeros(()), weights)
 
 
 def counted(calls: list[int], at: int) -> Any:
@@ -105,11 +105,17 @@ def counted(calls: list[int], at: int) -> Any:
     return evaluate
 
 
-def test_a_training_stops_at_the_step_and_looks_once_more() -> None:
+def test_a_training_stops_at_the_step_and_is_looked_at_once_more_where_asked() -> None:
     calls: list[int] = []
-    with pytest.raises(metaopt.NonFiniteError, match="inner step 2 of 50"):
-        one_stage(counted(calls, 2), num_steps=50).train(example_weights())
-    assert calls == [0, 1, 2, 0, 1, 2]
+    chain = one_stage(counted(calls, 2), num_steps=50)
+    before = chain.state_dict()["only"]["stream"]
+    with pytest.raises(metaopt.NonFiniteError, match=r"inner step 2 of 50.*locate_non_finite"):
+        chain.train(example_weights())
+    assert calls == [0, 1, 2]
+    with pytest.raises(metaopt.NonFiniteError, match="inner step 2 of 50, with finite weights"), locating_in_training():
+        chain.train(example_weights())
+    assert calls == [0, 1, 2] * 3
+    assert chain.state_dict()["only"]["stream"]["position"] == before["position"]
 
 
 def test_on_an_accelerator_losses_are_looked_at_every_few_steps() -> None:
@@ -118,7 +124,7 @@ def test_on_an_accelerator_losses_are_looked_at_every_few_steps() -> None:
     loop.device = torch.device("cuda")
     losses = [torch.tensor(float("nan"))] * 15
     loop.watch(losses)
-    with pytest.raises(metaopt.NonFiniteError, match="stage 'only': an inner loss is not finite"):
+    with pytest.raises(metaopt.NonFiniteError, match="stage 'only': the inner loss is nan at inner step 0"):
         loop.watch([*losses, torch.zeros(())])
 
 
@@ -153,6 +159,9 @@ def test_a_second_derivative_that_is_not_finite_is_named_with_stage_step_and_lin
     assert found.startswith("in stage 'only', at inner step 3 of 6: the second derivative of the inner loss")
     assert "test_non_finite.py:" in found
     assert "# the line to name" in found
+    momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    chain = one_stage(with_term(corner), num_steps=STEPS, estimator=estimator, optimizer=momentum)
+    assert found_in(chain).startswith("in stage 'only', at inner step 3 of 6")
 
 
 def test_a_second_derivative_is_traced_to_its_stage() -> None:

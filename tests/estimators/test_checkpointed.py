@@ -48,7 +48,7 @@ def test_meta_steps_with_commits_reuse_the_captured_programs(monkeypatch):
                 work.phi.logits -= found[0]["logits"]
         assert relative_error(found[1], found[0]) < 1e-10  # rounding of three trainings in a row
         counts.append(len(captures))
-    assert counts[1] == counts[-1] <= 10  # teacher and student: with and without gradient, state, cotangents of it
+    assert counts[1] == counts[-1] <= 12  # teacher and student: with and without gradient, state, cotangents of it
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import metaopt
 from metaopt.estimators import Checkpointed, Unrolled, closed_forms, update_vjp
 from metaopt.estimators.closed_forms import FORMULAS, GRADIENT, PARAM, closed_form
 from metaopt.estimators.update_vjp import by_graph
-from metaopt.optimizers.kinds import carries_gradient
 from metaopt.optimizers.rule import UpdateRule
+from metaopt.optimizers.step import carries_gradient
 
 EXACT = 1e-12
 SGD, ADAM, ADAMW = (functools.partial(getattr(torch.optim, name), lr=0.03) for name in ("SGD", "Adam", "AdamW"))

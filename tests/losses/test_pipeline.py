@@ -15,7 +15,8 @@ from small import assert_same, example_weights, feature_batches, two_stages
 from torch import Tensor
 
 import metaopt
-from metaopt.core.view import Training
+from metaopt.core.guards import warn_of_other_inputs
+from metaopt.core.view import Training, names_read
 from metaopt.losses.decoding import greedy_decode, sequence_score
 from metaopt.losses.objectives import Pipeline, as_trained
 from metaopt.trainer import Selection
@@ -148,7 +149,7 @@ def test_which_inputs_are_other_ones(read, now, other):
     training = Training("only", None, 1, {frozenset(names) for names in read})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training.warn_of_others(now)
+        warn_of_other_inputs(training, names_read(now), "labels" in now)
     assert bool(caught) == other
 
 

@@ -10,7 +10,7 @@ from small import assert_same, example_weights, feature_batches, meta_loss, one_
 from torch import nn
 
 import metaopt
-from metaopt.core.meta_params import as_named, named_tensors, rebound
+from metaopt.core.meta_params import Lending, as_named, named_tensors
 from metaopt.meta_params.tables import select
 
 # --- tables of weights
@@ -134,11 +134,11 @@ def test_rebinding_lends_other_tensors_and_gives_them_back():
     weights = example_weights(3)
     own = weights.logits
     other = torch.full((3,), 2.0, dtype=torch.float64, requires_grad=True)
-    with rebound({"a": weights}, {"a.logits": other}):
+    with Lending({"a": weights})({"a.logits": other}):
         assert weights.logits is other
         assert torch.autograd.grad(weights.weights().sum(), other)[0].abs().sum() > 0
     assert weights.logits is own
-    with pytest.raises(KeyError, match="inside"), rebound(weights, {"logits": other}):
+    with pytest.raises(KeyError, match="inside"), Lending(weights)({"logits": other}):
         raise KeyError("inside")
     assert weights.logits is own
     assert isinstance(weights.logits, nn.Parameter)

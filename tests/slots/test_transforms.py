@@ -97,7 +97,7 @@ def over_its_own(schedule):
         ("cosine", r"a str was given; give .*: schedule=functools.partial\(torch"),
         (
             over_its_own(functools.partial(lr_scheduler.StepLR, step_size=3)),
-            r"a StepLR over an optimizer of its own .*: schedule=functools.partial\(StepLR, ...\)",
+            r"a StepLR was given; .*: schedule=functools.partial\(StepLR, ...\)",
         ),
         (over_its_own(SCHEDULES["linear warm-up"][1]), r"schedule=functools.partial\(LambdaLR, ...\)"),
     ],

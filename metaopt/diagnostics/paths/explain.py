@@ -13,8 +13,9 @@ from torch import Tensor
 from metaopt.base.errors import MissingPathError
 from metaopt.core.chain import Chain
 from metaopt.core.contracts import MetaObjective
-from metaopt.core.graphs import WHERE, signatures
+from metaopt.core.graphs import nodes
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
+from metaopt.core.unrolled import OF, WHERE
 from metaopt.core.view import FunctionalModel
 from metaopt.diagnostics.paths.cuts import META_LOSS, Cut, Source
 from metaopt.diagnostics.paths.readings import Reading, read_chain
@@ -126,12 +127,18 @@ def explained(
     return _with(error, str(explain_hypergradient(chain, objective, batch, meta_params)))
 
 
+def _signatures(loss: Tensor) -> set[tuple[Any, str]]:
+    """Return (chain, stage) of the trained weights that a meta-loss reads in its graph, where the chain is alive."""
+    found = [node.metadata.get(OF) for node in nodes([loss], ends=lambda node: OF in node.metadata)]
+    return {(chain, stage) for reference, stage in filter(None, found) if (chain := reference()) is not None}
+
+
 def explained_by_graph(error: MissingPathError, meta_loss: Tensor, meta_params: AnyMetaParameters) -> MissingPathError:
     """Return the same error, which says where the chain in the graph of the meta-loss loses the path, if one is there.
 
     The objective is not known here: one that reads the weights of the same stages stands for it.
     """
-    read = signatures(meta_loss)
+    read = _signatures(meta_loss)
     chains = {chain for chain, _ in read}
     if len(chains) != 1:
         return error

@@ -16,10 +16,10 @@ from metaopt.base.errors import StageError
 from metaopt.base.streams import seeded
 from metaopt.core.chain import Chain, TrainedChain
 from metaopt.core.contracts import Gradients, Tensors, require_scalar
-from metaopt.core.graphs import entries
 from metaopt.core.inner_loop import InnerLoop, InnerResult
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.core.plain import PlainSteps
+from metaopt.core.unrolled import entries
 from metaopt.core.view import Models
 from metaopt.diagnostics.paths.cuts import Cut, Part, Source
 from metaopt.diagnostics.paths.marks import Watch, tensors_in

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from metaopt.base.errors import ConfigError
-from metaopt.core.graphs import refuse_given_weights
+from metaopt.base.errors import ConfigError, StageError
+from metaopt.core.graphs import nodes
 from metaopt.estimators.products.base import Cotangents, Product, Pullback, Wanted, leaves
 from metaopt.estimators.step_loss import StepLoss
 
@@ -44,7 +44,7 @@ class FiniteDifference(Product):
         def derivatives(weights: Mapping[str, Tensor], beside: Sequence[Tensor], by: Sequence[Tensor]) -> Cotangents:
             value = loss(weights, beside)
             if loss.is_last:
-                refuse_given_weights(value, loss.loop.name)
+                _refuse_given_weights(value, loss.loop.name)
             return list(torch.autograd.grad(value, by, allow_unused=True)) if by else []
 
         def moved(along: Sequence[Tensor], step: Tensor) -> tuple[Cotangents, Cotangents]:
@@ -78,3 +78,12 @@ class FiniteDifference(Product):
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.detach().norm() for tensor in tensors]).norm()
+
+
+def _refuse_given_weights(loss: Tensor, stage: str) -> None:
+    """Raise if the gradient of a loss takes weights made of the losses as given: its Jacobian is not symmetric."""
+    if any(type(node).__name__ == "_GivenWeightsBackward" for node in nodes([loss])):
+        raise StageError(
+            f"stage {stage!r}: FiniteDifference takes the Jacobian of the inner gradient to be symmetric; with weights "
+            "computed from the losses (WeightNetwork) it is not. Use product=metaopt.DoubleBackward()"
+        )
