@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ from metaopt.core.meta_params import AnyMetaParameters, as_given
 from metaopt.core.view import Call, FunctionalModel, ModelStructure, Tensors, Training, names_read
 from metaopt.optimizers.rule import State, UpdateRule
 
-_LOOK_EVERY = 16  # steps between two looks at the losses on an accelerator
+_LOOK_EVERY = 1000  # steps between two looks at the losses on an accelerator
 
 
 class InnerModel(FunctionalModel):
@@ -63,6 +63,11 @@ class InnerModel(FunctionalModel):
     def train(self, mode: bool = True) -> FunctionalModel:
         """Return the model itself, which is in train mode already, or a view in eval mode."""
         return self if mode else super().train(False)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries of some tensors are finite; an accelerator is waited for, once."""
+    return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
 
 
 @dataclass
@@ -241,7 +246,7 @@ class InnerLoop:
         if self.device.type == "cpu":
             finite = math.isfinite(losses[-1].item())
         else:
-            finite = len(losses) % _LOOK_EVERY != 0 or bool(torch.stack(losses[-_LOOK_EVERY:]).isfinite().all())
+            finite = len(losses) % _LOOK_EVERY != 0 or all_finite(losses[-_LOOK_EVERY:])
         if not finite:
             self._stop(losses)
 
@@ -262,11 +267,9 @@ class InnerLoop:
     ) -> InnerResult:
         """Check that every inner loss and weight is finite, and wrap up the trained model."""
         values = torch.stack([loss.detach() for loss in losses]) if losses else torch.empty(0)
-        for what, tensor in {"": values, **params}.items():
-            if not bool(tensor.detach().isfinite().all()):
-                self._stop(
-                    losses, f"parameter {what!r} is not finite after {self.num_steps} inner steps of {self.num_steps}"
-                )
+        if losses and not all_finite([values, *params.values()]):
+            what = next((name for name, p in params.items() if not all_finite([p])), "")
+            self._stop(losses, f"parameter {what!r} is not finite after {self.num_steps} inner steps")
         detached = {n: {k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in state.items()}
         model = self.trained_model({**self.frozen, **params}, buffers, detached)
         return InnerResult(model, values)

@@ -126,9 +126,12 @@ def _agree(
     source = torch.Generator().manual_seed(0)
 
     def draw() -> Tensor:
-        return torch.randn(size, generator=source, dtype=torch.float64).to(param.device)
+        return torch.randn(
+            size, generator=source, dtype=torch.float64
+        )  # on the CPU, so that no accelerator is waited for
 
     gradient, drawn = draw(), {key: draw() if per_element(key, value) else value for key, value in state.items()}
+    drawn = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in drawn.items()}
     for tensor in (gradient, *(value for key, value in drawn.items() if carries_gradient(key, value))):
         tensor[-1:] = 0.0
     drawn |= {key: value.square() for key, value in drawn.items() if key == "exp_avg_sq"}

@@ -84,7 +84,7 @@ def test_an_update_that_overflows_is_named_with_its_step() -> None:
     huge = functools.partial(torch.optim.SGD, lr=1e308)
     chain = one_stage(with_term(lambda bias: 1e3 * bias, at=1), optimizer=huge, num_steps=1)
     chain.stages["only"].loss = lambda model, batch, meta, up: 100 * model.params["linear.weight"].sum()
-    with pytest.raises(metaopt.NonFiniteError, match=r"is not finite after 1 inner steps of 1; lower the inner"):
+    with pytest.raises(metaopt.NonFiniteError, match=r"is not finite after 1 inner steps; lower the inner"):
         chain.unroll(example_weights())
 
 
@@ -122,7 +122,7 @@ def test_on_an_accelerator_losses_are_looked_at_every_few_steps() -> None:
     stage = one_stage(num_steps=1).stages["only"]
     loop: InnerLoop = stage.begin("only", {}, {})
     loop.device = torch.device("cuda")
-    losses = [torch.tensor(float("nan"))] * 15
+    losses = [torch.tensor(float("nan"))] * 999
     loop.watch(losses)
     with pytest.raises(metaopt.NonFiniteError, match="stage 'only': the inner loss is nan at inner step 0"):
         loop.watch([*losses, torch.zeros(())])
