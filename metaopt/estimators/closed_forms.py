@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import threshold
 
 from metaopt.optimizers.rule import Block, JointStep
@@ -99,6 +100,8 @@ def closed_form(
     """Return a step's pull-back as a formula: for a class that has one, at plain hyperparameters, where it is right."""
     formula, given = FORMULAS.get(cls), step.group.hyperparameters
     if formula is None or "" not in above or given.get("amsgrad") or not param.is_floating_point():
+        return None
+    if isinstance(param, FakeTensor) and formula is adam:  # a trace, which has no count of steps to raise to
         return None
 
     def pullback(

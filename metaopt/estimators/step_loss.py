@@ -34,7 +34,7 @@ class StepLoss:
         loop, lend: the inner loop, and its meta-parameters.
         upstream: trained models outside the graph.
         keys: what `others` are, in order.
-        settings: see `settings_of`.
+        settings, fixed: see `settings_of` and `fixed_of`.
     """
 
     t: int
@@ -43,26 +43,20 @@ class StepLoss:
     lend: Lending
     upstream: Upstream
     keys: Sequence[Key]
-    settings: Hashable = None
+    settings: Hashable
+    fixed: tuple[list[Tensor], Callable[[Any], Any]]
     value: Tensor | None = field(default=None, init=False)  # when it was last called
+    _stand_ins: list[Tensor] | None = field(default=None, init=False)
 
     @functools.cached_property
-    def _tree(self) -> dict[str, Any]:
-        return {
-            "batches": list(self.loop.batches[self.t]),
-            "buffers": self.record.buffers,
-            "frozen": self.loop.frozen,
-            "upstream": {n: (m.params, m.buffers) for n, m in self.upstream.items()},
-        }
-
-    @functools.cached_property
-    def _split(self) -> tuple[list[Tensor], Callable[[Any], Any]]:
-        return split_tensors(self._tree)
+    def own(self) -> tuple[list[Tensor], Callable[[Any], Any]]:
+        """The tensors of this step's batches and buffers, and what builds these around others."""
+        return split_tensors((list(self.loop.batches[self.t]), self.record.buffers))
 
     @property
     def context(self) -> list[Tensor]:
         """What is read and not differentiated."""
-        return self._split[0]
+        return [*self.own[0], *self.fixed[0]]
 
     @functools.cached_property
     def params(self) -> list[Tensor]:
@@ -98,14 +92,14 @@ class StepLoss:
     @property
     def signature(self) -> Hashable:
         """Equal for two steps that differ in tensors, or in what else a batch holds."""
-        spec = str(pytree.tree_structure(self._tree))
+        spec = str(pytree.tree_structure((list(self.loop.batches[self.t]), self.record.buffers)))
         held = str(pytree.tree_structure(self.record.params))
         return spec, held, tuple(self.keys), tuple(self.record.params), self.settings, *map(id, self.anchors)
 
     def traced(self, record: StepRecord, context: Sequence[Tensor]) -> StepLoss:
         """Return the same step of other tensors: stand-ins, in a trace."""
         other = replace(self, record=record)
-        other.__dict__["_tree"] = self._split[1](context)
+        other._stand_ins = list(context)
         return other
 
     def replaying(self) -> AbstractContextManager[None]:
@@ -120,18 +114,30 @@ class StepLoss:
         self, params: Mapping[str, Tensor], others: Sequence[Tensor], context: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Return the loss at these weights, meta-parameters and upstream weights; `context` replaces the step's."""
-        tree: dict[str, Any] = self._tree if context is None else self._split[1](context)
+        given_context = self._stand_ins if context is None else context
+        own, fixed = self.own, self.fixed
+        if given_context is None:
+            batches, buffers = list(self.loop.batches[self.t]), self.record.buffers
+            frozen, beside = self.loop.frozen, {n: (m.params, m.buffers) for n, m in self.upstream.items()}
+        else:
+            batches, buffers = own[1](given_context[: len(own[0])])
+            frozen, beside = fixed[1](given_context[len(own[0]) :])
         given: dict[Key, Tensor] = dict(zip(self.keys, others, strict=True))
-        weights = {**tree["frozen"], **params}
+        weights = {**frozen, **params}
         models = Models()
         for stage, model in self.upstream.items():
-            own, buffers = tree["upstream"][stage]
+            theirs, kept = beside[stage]
             lent = {n: x for (of, n), x in given.items() if of == stage}
-            models[stage] = model.with_params({**own, **lent}, buffers=buffers)
+            models[stage] = model.with_params({**theirs, **lent}, buffers=kept)
         with self.lend({name: x for (stage, name), x in given.items() if stage is None}):
-            at = (self.t, weights, tree["buffers"], self.lend.meta_params, models)
-            self.value = self.loop.loss_at(*at, batches=tree["batches"])[0]
+            at = (self.t, weights, buffers, self.lend.meta_params, models)
+            self.value = self.loop.loss_at(*at, batches=batches)[0]
         return self.value
+
+
+def fixed_of(loop: InnerLoop, upstream: Upstream) -> tuple[list[Tensor], Callable[[Any], Any]]:
+    """Return what every step reads and none changes (frozen and upstream weights), and what builds it around others."""
+    return split_tensors((loop.frozen, {n: (m.params, m.buffers) for n, m in upstream.items()}))
 
 
 def settings_of(loop: InnerLoop, meta_params: AnyMetaParameters, upstream: Upstream) -> Hashable:

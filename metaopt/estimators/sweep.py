@@ -23,7 +23,7 @@ from metaopt.core.meta_params import AnyMetaParameters, Lending, named_tensors
 from metaopt.core.plain import PlainSteps
 from metaopt.core.view import Models, Tensors
 from metaopt.estimators.products.base import Product, Wanted
-from metaopt.estimators.step_loss import Key, StepLoss, settings_of
+from metaopt.estimators.step_loss import Key, StepLoss, fixed_of, settings_of
 from metaopt.estimators.storage import StepRecord, Storage
 from metaopt.estimators.update_vjp import Below, add, added, update_vjp
 from metaopt.optimizers.rule import State
@@ -65,7 +65,7 @@ class Sweep:
         self.others: dict[Key, Tensor] = {(None, name): t for name, t in named_tensors(meta_params).items()}
         for stage, model in upstream.items():
             self.others |= {(stage, name): p for name, p in model.params.items() if p.requires_grad}
-        self._settings = settings_of(loop, meta_params, plain)
+        self._settings, self._fixed = settings_of(loop, meta_params, plain), fixed_of(loop, plain)
         self._versions, self._frozen = versions(loop.batches), versions(loop.frozen)
         self.tape = (storage or Storage("states")).tape(loop, steps_from, first, product.uses_known_gradient)
 
@@ -171,7 +171,7 @@ class Sweep:
 
     def loss_of(self, t: int, record: StepRecord) -> StepLoss:
         """Return step t's loss as a function."""
-        return StepLoss(t, record, self.loop, self._lend, self._plain, list(self.others), self._settings)
+        return StepLoss(t, record, self.loop, self._lend, self._plain, list(self.others), self._settings, self._fixed)
 
     def _pull_back(
         self, product: Product, loss: StepLoss, given: Sequence[Tensor], above: Below

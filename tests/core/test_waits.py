@@ -44,7 +44,7 @@ def test_a_stage_waits_once_per_unroll_and_no_inner_step_does(estimator, optimiz
     chain = metaopt.Chain(teacher=stages[0], student=stages[1])
     trained = chain.unroll(weights)
     meta_loss = metaopt.ValidationLoss("student")(trained, chain.move(feature_batches(1)[0]), weights)
-    (gradient,) = torch.autograd.grad(meta_loss, weights.parameters())
+    (gradient,) = torch.autograd.grad(meta_loss, list(weights.parameters()))
     assert gradient.shape == (15,)
     assert len(looks) == 2
 
@@ -56,4 +56,4 @@ def test_a_finite_difference_alone_waits_for_the_length_of_its_direction(looks):
     chain = metaopt.Chain(only=stage)
     meta_loss = metaopt.ValidationLoss("only")(chain.unroll(weights), chain.move(feature_batches(1)[0]), weights)
     with pytest.raises(RuntimeError, match="meta"):
-        torch.autograd.grad(meta_loss, weights.parameters())
+        torch.autograd.grad(meta_loss, list(weights.parameters()))

@@ -288,6 +288,7 @@ def test_a_wrong_first_result_is_found_out(which, monkeypatch):
     assert len(told) == 1
 
 
+@pytest.mark.usefixtures("_products_alone")
 def test_an_error_of_the_loss_itself_is_not_swallowed():
     """The step has run before it is captured, so only what is rare can fail; eager code then says so."""
     calls: list[int] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from inner_loops import Work, of_small
 from reference import relative_error
-from small import assert_same, example_weights, one_stage, two_stages
+from small import example_weights, one_stage, two_stages
 from torch import Tensor, nn
 
 import metaopt
@@ -67,7 +67,9 @@ def test_a_second_backward_needs_retain_graph(estimator):
     loss = work.meta_loss()
     first = metaopt.hypergradient(loss, work.phi, retain_graph=True)
     second = metaopt.hypergradient(loss, work.phi)
-    assert_same(first, second)
+    assert (
+        relative_error(second, first) < 1e-14
+    )  # what is captured is compared with eager code first, whose result counts
     with pytest.raises(RuntimeError, match="second time"):
         metaopt.hypergradient(loss, work.phi)
 

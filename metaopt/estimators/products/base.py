@@ -108,3 +108,19 @@ def linearized(
         return [None] * len(inputs)
     outputs, weights = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outputs, inputs, weights, allow_unused=True, retain_graph=retain_graph))
+
+
+def agree(found: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
+    """Whether two lists of tensors are equal but for rounding."""
+    if [x is None for x in found] != [x is None for x in right]:
+        return False
+    pairs = [(_dense(a), _dense(b)) for a, b in zip(found, right, strict=True) if a is not None and b is not None]
+    scale = max((float(b.norm()) for _, b in pairs), default=0.0)
+    return all(
+        torch.equal(a, b) or float((a - b).norm()) <= torch.finfo(b.dtype).eps ** 0.5 * scale or bool(b.isnan().any())
+        for a, b in pairs
+    )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor

@@ -18,6 +18,7 @@ from metaopt.estimators.products.base import (
     PullBack,
     Pullback,
     Wanted,
+    agree,
     leaves,
     linearized,
 )
@@ -72,7 +73,7 @@ class Captured(Product):
                 break
             self._programs.move_to_end(key)
             value, gradient, pullback = program.start(loss, params, others)
-            if loss.record.loss is None or _agree([value], [loss.record.loss]):
+            if loss.record.loss is None or agree([value], [loss.record.loss]):
                 if not program.checked:
                     eager = DoubleBackward().linearize(loss, params, others, wanted)
                     return self._first_run(key, program, (gradient, pullback), eager)
@@ -108,11 +109,11 @@ class Captured(Product):
         self, key: Hashable, program: _Program, run: tuple[Cotangents, Pullback], eager: tuple[Cotangents, Pullback]
     ) -> tuple[Cotangents, Pullback]:
         """Compare the first results with DoubleBackward's, and return those."""
-        agrees = _agree(run[0], eager[0]) if any(g is not None for g in run[0]) else True
+        agrees = agree(run[0], eager[0]) if any(g is not None for g in run[0]) else True
 
         def pullback(cotangents: Sequence[Tensor | None]) -> tuple[Cotangents, Cotangents]:
             right, found = eager[1](cotangents), run[1](cotangents)
-            if agrees and _agree([*found[0], *found[1]], [*right[0], *right[1]]):
+            if agrees and agree([*found[0], *found[1]], [*right[0], *right[1]]):
                 program.checked = True
             else:
                 self._programs[key] = self._fall_back("the captured graph's first result is not that of eager code")
@@ -200,19 +201,3 @@ def _placed(tensors: Sequence[Tensor], shown: Sequence[bool]) -> Cotangents:
 
 def _shape(tensor: Tensor) -> Hashable:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _agree(found: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
-    """Whether two lists of tensors are equal but for rounding."""
-    if [x is None for x in found] != [x is None for x in right]:
-        return False
-    pairs = [(_dense(a), _dense(b)) for a, b in zip(found, right, strict=True) if a is not None and b is not None]
-    scale = max((float(b.norm()) for _, b in pairs), default=0.0)
-    return all(
-        torch.equal(a, b) or float((a - b).norm()) <= torch.finfo(b.dtype).eps ** 0.5 * scale or bool(b.isnan().any())
-        for a, b in pairs
-    )
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.is_sparse else tensor
