@@ -167,3 +167,23 @@ def test_a_hypergradient_that_is_not_finite_is_traced_to_its_step_and_line() -> 
     training = trainer(one_stage(corner))
     with pytest.raises(metaopt.NonFiniteError, match=r"in stage 'only', at inner step 1 of 3.*the slope's slope"):
         training.meta_step()
+
+
+def test_what_an_objective_draws_is_decided_by_the_trainers_seed_and_the_meta_step():
+    drawn: list[float] = []
+
+    class Drawing(metaopt.ValidationLoss):
+        def __call__(self, *args: Any) -> Tensor:
+            drawn.append(torch.rand(()).item())
+            return super().__call__(*args)
+
+    for seed, outside in ((1, 0), (1, 7), (2, 0)):
+        run = trainer(one_stage(num_steps=1), objective=Drawing("only"), seed=seed)
+        torch.manual_seed(outside)
+        before = torch.get_rng_state()
+        run.meta_step()
+        run.meta_step()
+        assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = drawn[:2], drawn[2:4], drawn[4:]
+    assert first == again
+    assert len({*first, *other}) == 4
