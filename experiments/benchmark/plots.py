@@ -24,7 +24,7 @@ def plot(work: WorkResults, folder: Path) -> list[str]:
         return lambda axes: _against_steps(axes, work, shown, measure, label)
 
     made = {
-        "time": lines(work.time, "time of a hypergradient over plain training"),
+        "time": lines(work.time, "processor time of a hypergradient over plain training"),
         "memory": lines(
             lambda t, n: None if work.get(t, n, "bytes") is None else work.get(t, n, "bytes") / 1e6,
             "most MB of tensors held at once",
@@ -79,7 +79,7 @@ def _against_steps(
 def _error_and_cost(axes: Axes, work: WorkResults, shown: list[Contestant]) -> None:
     t = work.shown
     for position, contestant in enumerate(shown):
-        cost, error = work.time(t, contestant.name), work.get(t, contestant.name, "float32", "relative")
+        cost, error = work.time(t, contestant.name), work.get(t, contestant.name, work.own, "relative")
         if cost is not None and error is not None:
             style = {**_style(contestant, position), "linestyle": "none", "markersize": 8}
             axes.plot(cost, max(error, 1e-8), **style)  # pyright: ignore[reportArgumentType]
