@@ -224,12 +224,15 @@ def _shown(value: float | None, shape: str) -> float | None:
 
 def not_run(work: WorkResults) -> list[str]:
     """Return a line for everything that tables call "not run", with why."""
-    lines: dict[str, list[str]] = {}
-    for contestant in (c for c in work.contestants if c.name != UNIT):
-        for what, (_, figure) in quantities(work).items():
-            if figure(contestant.name) is None:
-                lines.setdefault(f"{contestant.label}: {_why(work, contestant, what)}", []).append(what)
-    return [f"{who} ({'; '.join(cells)})" for who, cells in lines.items()]
+    who: dict[tuple[str, str], list[str]] = {}  # by quantity and reason
+    for what, (_, figure) in quantities(work).items():
+        for contestant in (c for c in work.contestants if c.name != UNIT and figure(c.name) is None):
+            who.setdefault((what, _why(work, contestant, what)), []).append(contestant.label)
+    everybody = len(work.contestants) - 1
+    return [
+        f"{what}: {why}: {'everybody' if len(labels) == everybody else '; '.join(labels)}"
+        for (what, why), labels in who.items()
+    ]
 
 
 def _why(work: WorkResults, contestant: Contestant, what: str) -> str:
@@ -237,5 +240,5 @@ def _why(work: WorkResults, contestant: Contestant, what: str) -> str:
     if failed:
         return failed[0]
     if what == "largest T" and not contestant.exact:
-        return "the largest T was sought of exact ones only"
+        return "it is sought of exact ones only"
     return "left out, to save time"

@@ -31,17 +31,22 @@ def plot(work: WorkResults, folder: Path) -> list[str]:
         ),
         "error": lambda axes: _error_and_cost(axes, work, shown),
     }
+    written = []
     for name, draw in made.items():
         figure, axes = plt.subplots(figsize=(9.5, 5))
         draw(axes)
+        if not axes.lines:  # nothing of it was measured
+            plt.close(figure)
+            continue
         axes.set_title(work.title, loc="left")
         axes.grid(alpha=0.3)
         _plain_numbers(axes, work if name != "error" else None)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         figure.tight_layout()
-        figure.savefig(folder / f"{stem}-{name}.png", dpi=110)
+        written.append(f"{stem}-{name}.png")
+        figure.savefig(folder / written[-1], dpi=110)
         plt.close(figure)
-    return [f"{stem}-{name}.png" for name in made]
+    return written
 
 
 def _plain_numbers(axes: Axes, work: WorkResults | None) -> None:

@@ -18,6 +18,7 @@ from plots import plot
 
 HERE = Path(__file__).resolve().parent
 NOT_RUN, UNIT_CELL = "not run", "the unit"
+NOBODY = "Nobody, in any figure that was measured.\n"
 TIMED = (10, 50)
 COMPACT = ("plain", "higher", "torchopt", "checkpoint", "unrolled", "gradients", "recompute", "captured")
 TITLES = {"mlp": "MLP pair", "bert2bert": "BERT2BERT"}
@@ -126,13 +127,14 @@ def machine(sessions: Sequence[dict[str, Any]]) -> str:
 
 
 def notes(work: WorkResults) -> str:
-    """Return what failed, and the warnings."""
-    lines = []
+    """Return what failed, and of each contestant at each T the first warning."""
+    lines: dict[str, list[str]] = {}
     for t in work.steps:
-        for name, row in work.rows[t].items():
-            lines += [f"- T = {t}, {BY_NAME[name].label}: failed: {row['failed']}"] if row.get("failed") else []
-            lines += [f"- T = {t}, {BY_NAME[name].label}: {note}" for note in row.get("notes") or []]
-    return "\n".join(lines) + "\n" if lines else ""
+        for name, row in work.rows.get(t, {}).items():
+            found = [f"failed: {row['failed']}"] if row.get("failed") else row.get("notes") or []
+            for note in found[:1]:
+                lines.setdefault(f"{BY_NAME[name].label}: {note}", []).append(str(t))
+    return "".join(f"- T = {', '.join(steps)}, {line}\n" for line, steps in lines.items())
 
 
 def section(work: WorkResults, pictures: Sequence[str]) -> str:
@@ -155,12 +157,17 @@ def section(work: WorkResults, pictures: Sequence[str]) -> str:
 
 def better(work: WorkResults) -> str:
     """Return the table of what others do better than some exact estimator here; "all" if than each of them."""
-    head = ["who", "in what", "theirs", "best here", "better than"]
-    rows = []
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for cell in better_elsewhere(work):
         beaten = "**all**" if cell.all_beaten else ", ".join(BY_NAME[name].label for name in cell.beaten)
-        rows.append([cell.who.label + _kind(work, cell.who), cell.what, cell.theirs, cell.best, beaten])
-    return table(head, rows) if rows else "Nowhere.\n"
+        quantity, _, steps = cell.what.rpartition(", T = ")
+        figure = f"{cell.theirs} ({cell.best})"
+        row = rows.setdefault((cell.who.label + _kind(work, cell.who), quantity or cell.what, beaten), [])
+        row.append(f"T = {steps}: {figure}" if quantity else figure)
+    head = ["who", "in what", "theirs (the best here)", "better than"]
+    return (
+        table(head, [[who, what, "; ".join(x), beaten] for (who, what, beaten), x in rows.items()]) if rows else NOBODY
+    )
 
 
 def best_of_all(work: WorkResults) -> str:
@@ -170,8 +177,7 @@ def best_of_all(work: WorkResults) -> str:
         if cell.all_beaten:
             who = cell.who.label + _kind(work, cell.who)
             lines.setdefault(who, []).append(f"{cell.what}: {cell.theirs} (here {cell.best})")
-    found = [f"- {who}: {'; '.join(cells)}." for who, cells in lines.items()]
-    return "\n".join(found or ["- Nobody, in any figure that was measured."]) + "\n"
+    return "\n".join(f"- {who}: {'; '.join(cells)}." for who, cells in lines.items()) + "\n" if lines else NOBODY
 
 
 def _kind(work: WorkResults, who: Contestant) -> str:

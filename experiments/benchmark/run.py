@@ -157,7 +157,8 @@ def measure_times(
             times[name].append(process.ask(name, "seconds").get("value", float("nan")))
             progress.advance(task)
     for name, taken in times.items():
-        over = {f"over_{base}": [a / b for a, b in zip(taken, times[base], strict=True)] for base in (UNIT, BASELINE)}
+        bases = [base for base in (UNIT, BASELINE) if base in times]
+        over = {f"over_{base}": [a / b for a, b in zip(taken, times[base], strict=True)] for base in bases}
         results.put(spec, name, time={"seconds": taken, **over})
     progress.remove_task(task)
 
@@ -170,7 +171,7 @@ def measure(results: Results, spec: Spec, options: argparse.Namespace, progress:
         references = References(process)
         timed = [name for name, measures in wanted.items() if "time" in measures]
         if timed:
-            timed = [name for name in BY_NAME if name in {*timed, UNIT, BASELINE}]
+            timed = [name for name in BY_NAME if name in {*timed, UNIT}]
         for name, measures in wanted.items():
             runs = not set(TOGETHER) & set(measures) or measure_costs(
                 results, spec, name, measures, process, references

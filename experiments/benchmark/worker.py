@@ -98,6 +98,7 @@ def _guarded(ask: Callable[[], Any]) -> dict[str, Any]:
 def _serve(spec: Spec, connection: Connection) -> None:
     """Answer questions until there are no more; a contestant is built when it is first asked for."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (what libraries print would break the progress bar)
+    gc.freeze()  # what the imports made is not gone through at every collection
     workers: dict[str, Worker] = {}
 
     def answer(name: str, question: str, changes: dict[str, Any]) -> Any:
