@@ -90,3 +90,6 @@ def _error_and_cost(axes: Axes, work: WorkResults, shown: list[Contestant]) -> N
             axes.plot(cost, max(error, 1e-8), **style)  # pyright: ignore[reportArgumentType]
     axes.set(xlabel=f"time of a hypergradient over plain training, T = {t}", ylabel="relative error, float32")
     axes.set(xscale="log", yscale="log")
+    low, high = axes.get_ylim()
+    if axes.lines and high < 10 * low:  # errors that are alike look alike
+        axes.set_ylim(low / 10, high * 10)
