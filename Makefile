@@ -1,4 +1,4 @@
-# make test | test-all | demo | lint | types | clean
+# make test | test-all | demo | benchmark-small | lint | types | clean
 #
 # Each target makes its own environment; no other one is touched. PYTHON=python3.12 chooses the interpreter
 # (3.10 or newer), and pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
@@ -15,7 +15,7 @@ DEV_STAMP := $(VENV)/.dev-$(VERSION)
 DEMO_STAMP := $(DEMO_VENV)/.demo-$(VERSION)
 
 .DEFAULT_GOAL := test
-.PHONY: test test-all demo lint types format clean python
+.PHONY: test test-all demo benchmark-small lint types format clean python
 
 test: $(TEST_STAMP)
 	$(VENV)/bin/python -m pytest
@@ -26,6 +26,10 @@ test-all: $(TEST_STAMP)
 demo: $(DEMO_STAMP)
 	$(DEMO_VENV)/bin/metaopt experiment=digits
 	$(DEMO_VENV)/bin/metaopt
+
+# Asserts that every contestant ran, and bounds on flops and errors; never a time.
+benchmark-small: $(TEST_STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python experiments/benchmark/run.py --small
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import BY_NAME
+from largest import largest
 from machine import describe
 from report import number, table
 from rich.progress import track
@@ -30,31 +31,18 @@ NAMES = ("plain", "higher", "unrolled", "gradients", "recompute", "host", "host-
 
 def fits(spec: Spec, name: str, budget: float | None) -> bool:
     """Return whether a hypergradient can be computed, within the budget in bytes if there is one."""
-    with started(spec, [name]) as (process,):
-        found = process.ask("bytes_held")
+    with started(spec) as process:
+        found = process.ask(name, "bytes_held")
     return "value" in found and (budget is None or found["value"] <= budget)
-
-
-def largest(spec: Spec, name: str, budget: float | None, most: int) -> int:
-    """Return the largest T that fits, within a tenth; `most` if that fits."""
-    low, high = 0, 1
-    while fits(replace(spec, num_steps=high), name, budget):
-        low, high = high, min(2 * high, most)
-        if low == most:
-            return most
-    while high - low > max(1, low // 10):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(replace(spec, num_steps=middle), name, budget) else (low, middle)
-    return low
 
 
 def timed(spec: Spec, names: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
     """Return seconds and bytes of each contestant, or what failed; one after the other, since a GPU is not shared."""
     found = {}
     for name in track(names, description=f"time, T = {spec.num_steps}"):
-        with started(spec, [name]) as (process,):
-            held = process.ask("bytes_held")  # the first call captures what is captured
-            answers = [process.ask("seconds") for _ in range(repeats)] if "value" in held else [held]
+        with started(spec) as process:
+            held = process.ask(name, "bytes_held")  # the first call captures what is captured
+            answers = [process.ask(name, "seconds") for _ in range(repeats)] if "value" in held else [held]
         seconds = [answer["value"] for answer in answers if "value" in answer]
         failed = next((answer["failed"] for answer in answers if "failed" in answer), None)
         found[name] = {"bytes": held.get("value"), "seconds": seconds, "failed": failed}
@@ -97,7 +85,10 @@ def main() -> None:
     times = timed(spec, options.only, options.repeats)
     searched = [name for name in options.only if name != "plain" and times[name]["seconds"]]
     limit = options.most or (16 if options.small else 512)
-    most = {name: largest(spec, name, budget, limit) for name in track(searched, description="largest T")}
+    most = {
+        name: largest(lambda steps, name=name: fits(replace(spec, num_steps=steps), name, budget), limit)
+        for name in track(searched, description="largest T")
+    }
     found = {"machine": describe(), "spec": asdict(spec), "times": times, "largest": most, "budget": budget}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(show(times, most, steps))

@@ -24,24 +24,29 @@ def plot(work: WorkResults, folder: Path) -> list[str]:
         return lambda axes: _against_steps(axes, work, shown, measure, label)
 
     made = {
-        "time": lines(work.time, "time of a hypergradient over plain training"),
+        "time": lines(work.time, "processor time of a hypergradient over plain training"),
         "memory": lines(
             lambda t, n: None if work.get(t, n, "bytes") is None else work.get(t, n, "bytes") / 1e6,
             "most MB of tensors held at once",
         ),
         "error": lambda axes: _error_and_cost(axes, work, shown),
     }
+    written = []
     for name, draw in made.items():
         figure, axes = plt.subplots(figsize=(9.5, 5))
         draw(axes)
+        if not axes.lines:  # nothing of it was measured
+            plt.close(figure)
+            continue
         axes.set_title(work.title, loc="left")
         axes.grid(alpha=0.3)
         _plain_numbers(axes, work if name != "error" else None)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         figure.tight_layout()
-        figure.savefig(folder / f"{stem}-{name}.png", dpi=110)
+        written.append(f"{stem}-{name}.png")
+        figure.savefig(folder / written[-1], dpi=110)
         plt.close(figure)
-    return [f"{stem}-{name}.png" for name in made]
+    return written
 
 
 def _plain_numbers(axes: Axes, work: WorkResults | None) -> None:
@@ -79,9 +84,12 @@ def _against_steps(
 def _error_and_cost(axes: Axes, work: WorkResults, shown: list[Contestant]) -> None:
     t = work.shown
     for position, contestant in enumerate(shown):
-        cost, error = work.time(t, contestant.name), work.get(t, contestant.name, "float32", "relative")
+        cost, error = work.time(t, contestant.name), work.get(t, contestant.name, work.own, "relative")
         if cost is not None and error is not None:
             style = {**_style(contestant, position), "linestyle": "none", "markersize": 8}
             axes.plot(cost, max(error, 1e-8), **style)  # pyright: ignore[reportArgumentType]
     axes.set(xlabel=f"time of a hypergradient over plain training, T = {t}", ylabel="relative error, float32")
     axes.set(xscale="log", yscale="log")
+    low, high = axes.get_ylim()
+    if axes.lines and high < 10 * low:  # errors that are alike look alike
+        axes.set_ylim(low / 10, high * 10)

@@ -216,5 +216,5 @@ WORKLOADS: dict[str, tuple[Callable[[Spec], nn.Module], Data]] = {
     "mlp": (perceptron, digits),
     "bert2bert": (bert2bert, tokens),
 }
-STEPS = {"mlp": (10, 50, 200, 1000), "bert2bert": (2, 10, 50, 100)}
-OPTIMIZER_OF = {"mlp": "momentum", "bert2bert": "adam"}
+STEPS = {"mlp": (10, 50, 200), "bert2bert": (10, 50)}
+OPTIMIZERS_OF = {"mlp": ("momentum", "adam"), "bert2bert": ("adam",)}

@@ -1,14 +1,15 @@
-"""One contestant in a process of its own, which does what it is asked."""
+"""Contestants in a process beside this one, which does what it is asked: one alone, or several by turns."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch
 import torch._dynamo
 from by_hand import Run, by_formula
 from contestants import BY_NAME, Contestant, UnavailableError
-from torch import Tensor
 from work import Spec, Work, build
 
 from metaopt.diagnostics.meters import count_flops, peak_bytes, resident_peak
@@ -28,7 +28,7 @@ REFERENCE = "reference"
 
 
 class Worker:
-    """A contestant with its work; the first calls of torch's optimizers and kernels are behind it.
+    """A contestant with its work; the first calls of torch's optimizers and kernels are behind it, but if small.
 
     Args:
         spec: of the work.
@@ -39,7 +39,8 @@ class Worker:
         torch.set_num_threads(1)
         self.contestant = Contestant(REFERENCE, "hand unroll", by_formula) if name == REFERENCE else BY_NAME[name]
         self.device = spec.device
-        self.contestant.make(build(replace(spec, num_steps=min(2, spec.num_steps))))()
+        if not spec.small:
+            self.contestant.make(build(replace(spec, num_steps=min(2, spec.num_steps))))()
         self.work: Work = build(spec)
         self.run: Run = self.contestant.make(self.work)
 
@@ -47,15 +48,14 @@ class Worker:
         """Return θ: the bytes of one model's weights."""
         return sum(p.numel() * p.element_size() for p in self.work.student.parameters())
 
-    def resident(self) -> dict[str, Any]:
-        """Return the growth of the process during the first call, and A's gradient by the way."""
-        found: list[Tensor | None] = []
-        grown = resident_peak(lambda: found.append(self.run()))
-        return {"bytes": grown, "gradient": None if found[0] is None else found[0].tolist()}
+    def resident(self) -> int:
+        """Return the growth of the process during the first call."""
+        return resident_peak(self.run)
 
     def gradient(self, **changes: Any) -> list[float] | None:
-        """Return A's gradient of the same work in another dtype, or with another optimizer."""
-        found = self.contestant.make(build(replace(self.work.spec, **changes)))()
+        """Return A's gradient: of this work, or of the same in another dtype or with another optimizer."""
+        run = self.contestant.make(build(replace(self.work.spec, **changes))) if changes else self.run
+        found = run()
         return None if found is None else found.tolist()
 
     def bytes_held(self) -> int:
@@ -67,12 +67,14 @@ class Worker:
         return count_flops(self.run)
 
     def seconds(self) -> float:
-        """Return the wall time of one call."""
+        """Return the processor time of one call; on a GPU, which the processor's clock does not see, the wall time."""
+        gc.collect()  # what another contestant left behind is not cleared away on this one's time
+        clock = time.process_time if self.device == "cpu" else time.perf_counter
         self._synchronize()
-        start = time.perf_counter()
+        start = clock()
         self.run()
         self._synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -86,52 +88,59 @@ def _guarded(ask: Callable[[], Any]) -> dict[str, Any]:
         try:
             found = {"value": ask()}
         except UnavailableError as error:
-            found = {"failed": str(error)}
+            found = {"failed": str(error), "unavailable": True}
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             found = {"failed": f"{type(error).__name__}: {lines[0]}"[:300]}
     return {**found, "notes": list(dict.fromkeys(str(w.message) for w in heard if w.category is RuntimeWarning))}
 
 
-def _serve(spec: Spec, name: str, connection: Connection) -> None:
-    """Answer questions until there are no more."""
+def _serve(spec: Spec, connection: Connection) -> None:
+    """Answer questions until there are no more; a contestant is built when it is first asked for."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (what libraries print would break the progress bar)
-    made: list[Worker] = []
-    connection.send(_guarded(lambda: made.append(Worker(spec, name))))
-    while made:
-        question, changes = connection.recv()
-        connection.send(_guarded(lambda: getattr(made[0], question)(**changes)))  # noqa: B023
+    gc.freeze()  # what the imports made is not gone through at every collection
+    workers: dict[str, Worker] = {}
+
+    def answer(name: str, question: str, changes: dict[str, Any]) -> Any:
+        if name not in workers:
+            workers[name] = Worker(spec, name)
+        return getattr(workers[name], question)(**changes)
+
+    while True:
+        asked = connection.recv()
+        connection.send(_guarded(lambda: answer(*asked)))  # noqa: B023
 
 
 class Process:
-    """A worker as the parent sees it."""
+    """The contestants of a work in one process, as the parent sees it."""
 
-    def __init__(self, spec: Spec, name: str) -> None:
-        self.name = name
-        self.state: dict[str, Any] = {}
+    def __init__(self, spec: Spec) -> None:
         self._connection, theirs = _context().Pipe()
-        self._process = _context().Process(target=_serve, args=(spec, name, theirs), daemon=True)
+        self._process = _context().Process(target=_serve, args=(spec, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
-    def is_ready(self) -> bool:
-        """Wait until it has built its work; return whether it could."""
-        self.state = self.state or self._answer()
-        return "failed" not in self.state
+    def ask(self, name: str, question: str, cap: float | None = None, **changes: Any) -> dict[str, Any]:
+        """Call a method of a worker; return its `value`, or why it `failed`.
 
-    def ask(self, question: str, **changes: Any) -> dict[str, Any]:
-        """Call a method of the worker; return its `value`, or why it `failed`."""
-        if not self.is_ready():
-            return self.state
-        self._connection.send((question, changes))
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
+        The process is ended, and that is the failure, once it holds `cap` bytes more than it did when it was asked.
+        """
+        before = self._resident()
         try:
+            self._connection.send((name, question, changes))
+            while cap is not None and not self._connection.poll(0.02):
+                if self._resident() > before + cap:
+                    self.close()
+                    return {"failed": f"more than {cap / 1e6:.0f} MB resident", "notes": []}
             return self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             return {"failed": f"the process ended with code {self._process.exitcode}", "notes": []}
+
+    def _resident(self) -> int:
+        with contextlib.suppress(OSError, IndexError):
+            return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return 0
 
     def close(self) -> None:
         """End it."""
@@ -139,15 +148,14 @@ class Process:
         self._process.join()
 
 
-@contextmanager
-def started(spec: Spec, names: Sequence[str]) -> Iterator[list[Process]]:
-    """Workers, all started at once."""
-    processes = [Process(spec, name) for name in names]
+@contextlib.contextmanager
+def started(spec: Spec) -> Iterator[Process]:
+    """A process for the contestants of this work."""
+    process = Process(spec)
     try:
-        yield processes
+        yield process
     finally:
-        for process in processes:
-            process.close()
+        process.close()
 
 
 def _context() -> Any:
