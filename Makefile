@@ -1,4 +1,4 @@
-# make test | test-all | demo | benchmark-small | lint | types | clean
+# make test | test-all | test-long | demo | benchmark-small | lint | types | clean
 #
 # Each target makes its own environment; no other one is touched. PYTHON=python3.12 chooses the interpreter
 # (3.10 or newer), and pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
@@ -15,13 +15,16 @@ DEV_STAMP := $(VENV)/.dev-$(VERSION)
 DEMO_STAMP := $(DEMO_VENV)/.demo-$(VERSION)
 
 .DEFAULT_GOAL := test
-.PHONY: test test-all demo benchmark-small lint types format clean python
+.PHONY: test test-all test-long demo benchmark-small lint types format clean python
 
 test: $(TEST_STAMP)
 	$(VENV)/bin/python -m pytest
 
 test-all: $(TEST_STAMP)
-	$(VENV)/bin/python -m pytest -m ""
+	$(VENV)/bin/python -m pytest -m "not long"
+
+test-long: $(TEST_STAMP)
+	$(VENV)/bin/python -m pytest -m long
 
 demo: $(DEMO_STAMP)
 	$(DEMO_VENV)/bin/metaopt experiment=digits

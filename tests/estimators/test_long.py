@@ -44,7 +44,7 @@ def test_few_states_give_the_hypergradient_of_all(num_steps, monkeypatch):
     assert relative(found, expected) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_states", "plain_trainings"), [pytest.param(16, 7.4, id="16 states"), pytest.param(32, 6.3, id="32 states")]
 )
@@ -54,7 +54,7 @@ def test_ten_thousand_steps_are_run_as_often_as_in_theory(num_states, plain_trai
     assert round(3 + found["runs"], 1) == plain_trainings
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["device", "disk"])
 def test_memory_is_flat_and_time_linear(place, tmp_path):
     """Ten times the steps: at most 20 MB more, and a step takes at most 15 % longer."""
