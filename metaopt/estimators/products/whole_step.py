@@ -20,7 +20,7 @@ from metaopt.estimators.storage import StepRecord
 from metaopt.optimizers.kinds import SUPPORTED
 from metaopt.optimizers.rule import Joined
 
-MOST_WEIGHTS = 2**16  # of a model whose operations are so short that calling them is what takes the time
+MOST_WEIGHTS = 2**14  # of a model whose operations are so short that calling them is what takes the time
 MOST_STEPS = 16
 
 
