@@ -182,9 +182,7 @@ class Sweep:
         gradient, pullback = self._linearized(product, loss, given, wanted)
         raw = record.gradient or dict(zip(record.params, gradient, strict=True))
         meta = {name: x for (stage, name), x in zip(self.others, given, strict=True) if stage is None}
-        below, of_gradient, learned = update_vjp(self.loop, loss.t, record, raw, meta, self._lend, above)
-        for name, cotangent in learned.items():
-            add(sums, (None, name), cotangent)
+        below, of_gradient = self.update_back(loss.t, record, raw, above, sums, meta)
         return replace(below, params=added(below.params, pullback(of_gradient, sums))), sums
 
     def linearize(self, t: int, record: StepRecord, wanted: Wanted) -> tuple[Any, Any]:
@@ -206,11 +204,17 @@ class Sweep:
         return gradient, pullback
 
     def update_back(
-        self, t: int, record: StepRecord, gradient: Mapping[str, Tensor | None], above: Below, others: dict[Key, Tensor]
+        self,
+        t: int,
+        record: StepRecord,
+        gradient: Mapping[str, Tensor | None],
+        above: Below,
+        others: dict[Key, Tensor],
+        meta: Tensors | None = None,
     ) -> tuple[Below, Mapping[str, Tensor]]:
         """Pull cotangents back through `update`: to what was before the step, and to the raw gradient."""
-        meta = self._plain_meta
-        below, of_gradient, learned = update_vjp(self.loop, t, record, gradient, meta, self._lend, above)
+        learned = self._plain_meta if meta is None else meta
+        below, of_gradient, learned = update_vjp(self.loop, t, record, gradient, learned, self._lend, above)
         for name, cotangent in learned.items():
             add(others, (None, name), cotangent)
         return below, of_gradient

@@ -26,10 +26,11 @@ MOST_STEPS = 16
 
 @dataclass
 class _Step:
-    """A captured step: its graph, and the structure of what it returns."""
+    """A captured step: its graph, the structure of what it returns, and what its key has the `id`s of."""
 
     graph: fx.GraphModule
     spec: pytree.TreeSpec
+    anchors: tuple[object, ...]
 
 
 class WholeSteps:
@@ -116,7 +117,7 @@ class WholeSteps:
             return None
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return _Step(graph, made[-1])
+        return _Step(graph, made[-1], loss.anchors)
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
