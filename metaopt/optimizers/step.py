@@ -274,6 +274,7 @@ class TorchStep:
         saving = nullcontext() if self._honours else saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
         with self._mode, saving:
             self._step(stepper)
+        param.grad = None  # which the graph would keep alive with the weights
         after = {GROUP + k: v for k, v in group.items() if k != "params"}
         written = {k: v for k, v in after.items() if k in state or k.removeprefix(GROUP) not in hyperparameters}
         return param, {**stepper.state[param], **written}

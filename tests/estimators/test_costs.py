@@ -154,6 +154,14 @@ def test_truncated_holds_no_more_for_a_longer_stage():
     assert many - few < 0.01 * WEIGHTS
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_unrolled_keeps_weights_and_activations_alone(momentum):
+    """A step's graph needs no gradient and no momentum: neither is a factor of anything."""
+    optimizer = functools.partial(torch.optim.SGD, lr=1e-2, momentum=momentum)
+    few, many = (cost_of(peak_bytes, Unrolled, t, optimizer) / WEIGHTS / STAGES for t in (4, 12))
+    assert 1.7 < (many - few) / 8 < 1.8
+
+
 @pytest.mark.slow
 def test_unrolled_grows_by_a_step_per_step():
     """What `Checkpointed` is for: here a step's graph is several times its weights."""
