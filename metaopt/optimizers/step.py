@@ -26,9 +26,8 @@ from metaopt.optimizers.kinds import StepFunction
 class TrackedFloat(float):
     """A number that remembers the 0-dim tensor it comes from: how a learned hyperparameter enters an optimizer.
 
-    Torch's arguments `alpha=` and `value=` take no tensor that requires grad, and its optimizers branch on tensors. A
-    float passes through all of that; its arithmetic is done on the tensor too, and the mode below uses the tensor. In a
-    trace the float is NaN, so that none that is taken for the tensor goes unseen.
+    Torch's `alpha=` and `value=` take no tensor that requires grad, and its steps branch on tensors. A float passes,
+    its arithmetic is done on the tensor too, and the mode below uses that. In a trace it is NaN: any use would show.
     """
 
     tensor: Tensor
@@ -51,7 +50,7 @@ class TrackedFloat(float):
         return not self == other
 
     def __gt__(self, other: Any) -> bool:
-        return super().__ge__(0) if other == 0 else super().__gt__(other)
+        return not super().__lt__(0) if other == 0 else super().__gt__(other)
 
     def __bool__(self) -> bool:
         return True
