@@ -52,7 +52,7 @@ def compare_estimators(
 
     Every estimator runs the same steps of all stages, from the same state, on the same data, in the same random state
     (of the objective: `seed`). Errors are measured on float64 copies, where they are the estimator's own, and in the
-    run's dtype; costs in the run's dtype, after a first run, without what that alone takes (a captured product's
+    run's dtype; costs in the run's dtype, after a first run, apart from what that alone takes (a captured product's
     tracing). One that fails gets a row that says why. The user's chain and meta-parameters are not changed.
 
     Args:
@@ -172,10 +172,14 @@ class _Measured:
     failure: str = ""
     warnings: dict[str, str] = field(default_factory=dict)  # a text without its numbers → the remark
     costs: list[Any] = field(default_factory=list)  # flops, peak bytes, and the seconds of each run
+    tracing: float = 0.0  # seconds, in the run's dtype
 
     def compare(self, found: list[Deviation], step: Pipeline, exact: Tensor) -> None:
         """Add how far the hypergradient of a meta-step is from the exact one."""
-        entries = self.attempt(lambda: _entries(step.by(self.estimator)))
+        own = step.by(self.estimator)
+        before = _tracing_seconds(own.chain)
+        entries = self.attempt(lambda: _entries(own))
+        self.tracing += _tracing_seconds(own.chain) - before if found is self.in_run else 0.0
         if entries is not None:
             size = float(entries.norm() * exact.norm())
             cosine = float(entries @ exact) / size if size else 0.0
@@ -204,7 +208,7 @@ class _Measured:
         (flops, peak, *seconds), (plain_flops, _, *others) = self.costs, plain.costs
         ratios = [own / other for own, other in zip(seconds, others, strict=True)]
         more = flops / plain_flops if plain_flops else None
-        return Cost(statistics.median(seconds), statistics.median(ratios), peak, more)
+        return Cost(statistics.median(seconds), statistics.median(ratios), peak, more, self.tracing)
 
     def row(self, chain: Chain, plain: _Measured) -> FidelityRow:
         """Return what was found."""
@@ -218,6 +222,12 @@ class _Measured:
             None if self.failure else self.cost(plain),
             self.failure,
         )
+
+
+def _tracing_seconds(chain: Chain) -> float:
+    """Return what the products of a chain's estimators have taken to trace so far."""
+    products = {id(p): p for p in (getattr(stage.estimator, "product", None) for stage in chain.stages.values())}
+    return sum(getattr(product, "tracing_seconds", 0.0) for product in products.values())
 
 
 def _measure_costs(

@@ -39,19 +39,26 @@ class Cost:
     """What one hypergradient costs, in the dtype of the run.
 
     `time` and `flops` are ratios to plain training of the same steps (`flops` None where that has none), `peak_bytes`
-    the most bytes of tensors held at once above what was there before.
+    the most bytes of tensors held at once above what was there before, `tracing` the seconds that a captured product
+    took once, which are in none of the others.
     """
 
     seconds: float
     time: float
     peak_bytes: int
     flops: float | None
+    tracing: float = 0.0
 
     @property
-    def cells(self) -> tuple[str, str, str]:
-        """Time, peak and flops as shown."""
+    def cells(self) -> tuple[str, str, str, str]:
+        """Time, peak, flops and tracing as shown."""
         flops = "—" if self.flops is None else f"{self.flops:.2f}×"
-        return f"{self.time:.2f}×", f"{self.peak_bytes / 1e6:.2f} MB", flops
+        return (
+            f"{self.time:.2f}×",
+            f"{self.peak_bytes / 1e6:.2f} MB",
+            flops,
+            f"{self.tracing:.2f} s" if self.tracing else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,9 @@ class FidelityRow:
     def cells(self) -> tuple[str, ...]:
         """The row as shown."""
         if self.in_float64 is None:
-            return self.name, "fails", *[""] * 5
+            return self.name, "fails", *[""] * 6
         in_run = "fails" if self.in_run is None else self.in_run.shown
-        costs = [""] * 3 if self.cost is None else self.cost.cells
+        costs = [""] * 4 if self.cost is None else self.cost.cells
         return self.name, f"{self.in_float64.cosine:.4f}", self.in_float64.shown, in_run, *costs
 
 
@@ -119,7 +126,7 @@ class FidelityResult:
 
     def table(self) -> Table:
         """Return plain training and the rows."""
-        head = ("estimator", "cosine", "rel. error", f"in {self.dtype}", "time", "peak", "flops")
+        head = ("estimator", "cosine", "rel. error", f"in {self.dtype}", "time", "peak", "flops", "capture")
         plain_training = ("(plain training)", "", "", "", *self.plain.cells)
         return table([[plain_training], [row.cells for row in self.rows]], head, head[:1], self.title)
 

@@ -101,7 +101,7 @@ def closed_form(
     formula, given = FORMULAS.get(cls), step.group.hyperparameters
     if formula is None or "" not in above or given.get("amsgrad") or not param.is_floating_point():
         return None
-    if isinstance(param, FakeTensor) and formula is adam:  # a trace, which has no count of steps to raise to
+    if isinstance(param, FakeTensor) and (formula is adam or step.group.rates):  # no count of steps to raise to
         return None
 
     def pullback(

@@ -178,13 +178,17 @@ def parse_bytes(budget: int | str) -> int:
 
 @dataclass
 class StepRecord:
-    """An inner step as it was: weights, optimizer state and buffers before it, its raw gradient and loss if known."""
+    """An inner step as it was: weights, optimizer state and buffers before it, its raw gradient and loss if known.
+
+    `handed` are, in a trace, its hyperparameters, and those of them that are learned, by what their cotangents are for.
+    """
 
     params: Mapping[str, Tensor]
     state: State
     buffers: Tensors
     gradient: Gradients | None = None
     loss: Tensor | None = None
+    handed: tuple[Mapping[str, Any], dict[Any, Tensor]] | None = None
 
 
 class Tape:

@@ -19,7 +19,7 @@ from metaopt.estimators.closed_forms import GRADIENT, PARAM, Key, Pieces, closed
 from metaopt.estimators.products.base import leaves, linearized
 from metaopt.estimators.storage import StepRecord
 from metaopt.optimizers.rule import Block, Joined, JointStep, but
-from metaopt.optimizers.step import carries_gradient, per_element
+from metaopt.optimizers.step import TrackedFloat, carries_gradient, per_element
 
 MOST_ELEMENTS = 2**17  # of what a step computes between: it stays in the processor's cache, and below the model's size
 
@@ -58,8 +58,12 @@ def update_vjp(
     with torch.enable_grad(), lend(learned):
         raw = as_leaves({n: g for n, g in gradient.items() if g is not None}) if loop.transform is not None else {}
         given = loop.transformed({**gradient, **raw} if raw else gradient)
-        hyperparameters = loop.hyperparameters(t, lend.meta_params)
-        read = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(hyperparameters))
+        if record.handed is None:
+            hyperparameters = loop.hyperparameters(t, lend.meta_params)
+        else:
+            hyperparameters, learned = record.handed
+        given_leaves = tree_leaves(hyperparameters)
+        read = any(isinstance(x, TrackedFloat) or (isinstance(x, Tensor) and x.requires_grad) for x in given_leaves)
         cls = type(loop.rule.optimizer)
         steps = list(loop.rule.parts(record.params, given, record.state, hyperparameters))
         above_state = _by_block([step.block for step in steps], above.state)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from metaopt.base.errors import StageError
 from metaopt.optimizers.kinds import StepFunction
@@ -26,8 +26,8 @@ from metaopt.optimizers.kinds import StepFunction
 class TrackedFloat(float):
     """A number that remembers the 0-dim tensor it comes from: how a learned hyperparameter enters an optimizer.
 
-    Torch's arguments `alpha=` and `value=` take no tensor that requires grad, and its optimizers branch on tensors. A
-    float passes through all of that; its arithmetic is done on the tensor too, and the mode below uses the tensor.
+    Torch's `alpha=` and `value=` take no tensor that requires grad, and its steps branch on tensors. A float passes,
+    its arithmetic is done on the tensor too, and the mode below uses that. In a trace it is NaN: any use would show.
     """
 
     tensor: Tensor
@@ -35,7 +35,7 @@ class TrackedFloat(float):
     def __new__(cls, tensor: Tensor) -> TrackedFloat:
         if isinstance(tensor, TrackedFloat):
             return tensor
-        number = super().__new__(cls, tensor.detach().item())
+        number = super().__new__(cls, "nan" if isinstance(tensor, FakeTensor) else tensor.detach().item())
         number.tensor = tensor.reshape(()).double()
         return number
 
@@ -50,7 +50,7 @@ class TrackedFloat(float):
         return not self == other
 
     def __gt__(self, other: Any) -> bool:
-        return super().__ge__(0) if other == 0 else super().__gt__(other)
+        return not super().__lt__(0) if other == 0 else super().__gt__(other)
 
     def __bool__(self) -> bool:
         return True
@@ -128,7 +128,7 @@ _OPERATIONS = {**{name: name for name in _FORMULAS}, **_IN_PLACE, **_SWAPPED, "t
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class _StayInGraph(TorchFunctionMode):
+class _StayInGraph(torch.overrides.TorchFunctionMode):
     """Repairs of a torch optimizer's step that are the same for every optimizer.
 
     `sqrt` has slope 0 at 0, `rsqrt` does not overflow. `detach` (SGD's first momentum buffer) keeps the graph. 0-dim

@@ -83,6 +83,7 @@ def test_what_is_exact_has_no_error():
         assert deviation(row).relative_error < 1e-10, row.name
         assert deviation(row).cosine == pytest.approx(1.0, abs=1e-12)
         assert row.is_exact == (row.name not in ("whole", "share"))
+        assert (cost(row).tracing > 0) == bool(cost(row).cells[-1]) == (row.name == "captured")
 
 
 def test_a_share_of_the_steps_is_rounded():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
@@ -21,7 +20,6 @@ from metaopt.estimators import Captured, Checkpointed, DoubleBackward, FirstOrde
 from metaopt.estimators.products import captured, whole_step
 
 EXACT = 1e-12
-DECAY = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
 
 
 def counted(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -124,14 +122,6 @@ def test_a_whole_step_is_captured_anew_when_what_steers_it_changes(monkeypatch):
         before = len(made)
         assert relative_error(found(chains[1], phi), found(chains[0], phi)) < EXACT
         assert len(made) > before
-
-
-@pytest.mark.parametrize("slots", [{"transform": metaopt.ClipNorm(0.1)}, {"schedule": DECAY}], ids=["clip", "decay"])
-def test_a_step_that_more_than_tensors_steer_is_not_captured_whole(slots, monkeypatch):
-    made, phi = counted(whole_step, monkeypatch), example_weights()
-    chains = [one_stage(estimator=e, **slots) for e in (Unrolled(), Checkpointed(Captured()))]
-    assert relative_error(found(chains[1], phi), found(chains[0], phi)) < EXACT
-    assert not made
 
 
 def test_a_whole_step_whose_first_result_is_wrong_is_dropped(monkeypatch):

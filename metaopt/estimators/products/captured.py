@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
@@ -48,10 +49,15 @@ class Captured(Product):
         self._programs: OrderedDict[Hashable, _Program | None] = OrderedDict()
         self._changes: Counter[Hashable] = Counter()
         self._warned: set[str] = set()
-        self._steps = WholeSteps()
+        self._steps, self._seconds = WholeSteps(), 0.0
 
     def __repr__(self) -> str:
         return "Captured()"
+
+    @property
+    def tracing_seconds(self) -> float:
+        """What capturing has taken so far."""
+        return self._seconds + self._steps.seconds
 
     def take(self, pull_back: PullBack, loss: StepLoss, others: Sequence[Tensor], above: Any) -> Any:
         """Replay the whole step of a small model, its update included; otherwise its product alone."""
@@ -90,11 +96,14 @@ class Captured(Product):
     ) -> _Program | None:
         if loss.obstacle:
             return self._fall_back(f"its loss reads {loss.obstacle}, which a captured graph would freeze")
+        start = time.perf_counter()
         try:
             return _Program(loss, params, others, wanted)
         except Exception as error:  # whatever an operation raises that fake tensors cannot answer
             lines = str(error).strip().splitlines() or [""]
             return self._fall_back(f"{type(error).__name__}: {lines[0]}")
+        finally:
+            self._seconds += time.perf_counter() - start
 
     def _fall_back(self, reason: str) -> None:
         if reason not in self._warned:
