@@ -118,8 +118,7 @@ def higher_loop(loop: InnerLoop) -> Iterator[tuple[Any, Any]]:
     """Open `higher.innerloop_ctx` over copies of a stage's trained parameters; release what it holds on leaving."""
     optimizer: Any = _Optimizer(loop)
     with higher.innerloop_ctx(_View(loop.own), optimizer, copy_initial_weights=True) as opened:
-        fmodel: Any = opened[0]
-        diffopt: Any = opened[1]
+        fmodel, diffopt = list[Any](opened)
         try:
             yield fmodel, diffopt
         finally:
