@@ -175,17 +175,19 @@ def of_all(num_steps: int) -> Make:
     return of_small(one_stage, model=Remembering, num_steps=num_steps, **options)
 
 
+KEPT: Any = (("recompute", "device"), ("gradients", "device"), ("recompute", "disk"))
+
+
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("num_steps", [pytest.param(t, marks=[pytest.mark.slow] if t > 9 else []) for t in LENGTHS])
 def test_every_number_of_states_gives_the_hypergradient_of_unrolled(num_steps, tmp_path):
     make = of_all(num_steps)
     expected = make(Unrolled()).hypergradient()
     for c in range(1, num_steps + 1):
-        for store in ("recompute", "gradients"):
-            found = make(Checkpointed(store=store, num_states=c)).hypergradient()
-            assert relative_error(found, expected) < EXACT, (store, c)
-        found = make(Checkpointed(store="recompute", place="disk", folder=tmp_path, num_states=c)).hypergradient()
-        assert relative_error(found, expected) < EXACT, c
+        # By turns over lengths and numbers: in which order steps are rebuilt is the same off the device (see above).
+        store, place = KEPT[(num_steps + c) % 3]
+        found = make(Checkpointed(store=store, place=place, folder=tmp_path, num_states=c)).hypergradient()
+        assert relative_error(found, expected) < EXACT, (store, place, c)
 
 
 @pytest.mark.parametrize("kind", [functools.partial(Truncated, 7), FirstOrder])
