@@ -49,7 +49,7 @@ class WholeSteps:
         """Return the cotangents below a step, and of `others`, by its captured graph; None if it has none."""
         loop, record = loss.loop, loss.record
         own = type(loop.rule.optimizer) in SUPPORTED and loop.transform is None and not loss.obstacle
-        if not own or len(loss.params) > MOST_TENSORS or sum(x.numel() for x in loss.params) > MOST_WEIGHTS:
+        if not own or len(loop.rule.names) > MOST_TENSORS or sum(x.numel() for x in loss.params) > MOST_WEIGHTS:
             return None
         if loop.hyperparameters(loss.t, loss.lend.meta_params):
             return None
