@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections import Counter
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if seen[table] % marker.args[0]:
                 item.add_marker(pytest.mark.slow)
             seen[table] += 1
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end: no garbage collection need go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import FEW_DATES
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 import metaopt
@@ -90,8 +91,6 @@ SMALLEST = {
     "metaopt-check": ("check.steps=[1e-3,1e-4]", "check.num_directions=1"),
     "metaopt-fidelity": ("fidelity.num_runs=1", "~fidelity.estimators.captured"),
 }
-DATES = ("data.num_train=256", "data.num_unlabelled=128", "data.num_validation=32", "data.num_selection=32")
-DATES += ("data.num_test=32", "model.hidden_size=16")
 WITHOUT_TEXT = [part.split("```python")[0] for page in PAGES for part in page.read_text().split("```\n")]
 
 
@@ -108,7 +107,7 @@ def smallest(command: str) -> list[str]:
     program, *arguments = shlex.split(command)
     if "--help" in arguments:
         return arguments
-    of_dates = DATES if not re.search(r"(data|experiment)=", command) else ()
+    of_dates = FEW_DATES if not re.search(r"(data|experiment)=", command) else ()
     more = ("debug=tiny", *SMALLEST[program], *of_dates)
     return [*arguments, *(option for option in more if option not in arguments)]
 

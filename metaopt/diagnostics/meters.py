@@ -65,9 +65,10 @@ class HeldBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = _storages((args, kwargs))
-        for key, storage in _storages(out).items():
-            if key not in given and key not in self._alive:
+        unknown = {key: storage for key, storage in _storages(out).items() if key not in self._alive}
+        given = _storages((args, kwargs)) if unknown else {}
+        for key, storage in unknown.items():
+            if key not in given:
                 self._alive[key] = storage.nbytes(), weakref.ref(storage, functools.partial(self._freed, key))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -79,7 +80,8 @@ class HeldBytes(TorchDispatchMode):
 
 def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     """Return the storages of the tensors that hold memory: not of those that only stand for others in a trace."""
-    tensors = [x for x in tree_leaves(tree) if type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided]
+    leaves = (tree,) if isinstance(tree, Tensor) else tree_leaves(tree)
+    tensors = [x for x in leaves if type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided]
     return {(s := x.untyped_storage())._cdata: s for x in tensors if x.device.type != "meta"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import DIGITS, QUICK, ROOT, command, process, records, result, run
+from commands import DIGITS, FEW_DATES, QUICK, ROOT, command, process, records, result, run
 from safetensors.torch import load_file
 
 from metaopt.base.errors import ConfigError, MissingPathError, NonFiniteError
@@ -61,7 +61,7 @@ def test_the_experiments_are_found() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(FEW_DATES, marks=pytest.mark.slow, id="the default, on few dates"),
         *(
             pytest.param((f"experiment={name}",), marks=[pytest.mark.slow] if "forum" in name else [])
             for name in EXPERIMENTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -89,20 +90,35 @@ def test_the_number_of_config_files() -> None:
     assert len(FILES) == sum(groups.values()) + len(PARTS) + 6  # config, check, fidelity, the three help texts
 
 
+WHERE = {
+    "stage": "stage@stages.student",
+    "schedule": "schedule@stages.student.schedule",
+    "transform": "transform@stages.student.transform",
+    "product": "estimator=checkpointed product",
+}
+UNSET = ("custom", "pretrained_bert2bert", "from_config", "pretrained", "text")
+# Groups that know nothing of each other: an option of each at a time.
+APART = ("optimizer", "meta_optimizer", "schedule", "transform", "logger", "product", "model", "meta_params")
+
+
+def options() -> list[str]:
+    """Every option once: those of the groups apart in rows, any other by itself."""
+    every = [(*path.parts[:-1], path.stem) for path in GROUP_FILES]
+    named = [(group, option, f"{WHERE.get(group, group)}={option}") for group, option in every]
+    columns = [[text for g, option, text in named if g == group and option not in UNSET] for group in APART]
+    rows = [" ".join(filter(None, row)) for row in itertools.zip_longest(*columns)]
+    alone = [text for group, option, text in named if group not in APART or option in UNSET]
+    assert len(" ".join([*rows, *alone]).replace("estimator=checkpointed product", "").split()) == len(GROUP_FILES)
+    return [*rows, *alone]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", GROUP_FILES, ids=str)
-def test_every_option_composes(path: Path) -> None:
-    group, option = path.parts[0], path.stem
-    where = {
-        "stage": "stage@stages.student",
-        "schedule": "schedule@stages.student.schedule",
-        "transform": "transform@stages.student.transform",
-    }.get(group, group)
-    beside = ["estimator=checkpointed"] if group == "product" else []
-    if option in ("custom", "pretrained_bert2bert", "from_config", "pretrained", "text"):
-        assert "is not set" in problems(f"{where}={option}")
+@pytest.mark.parametrize("row", options())
+def test_every_option_composes(row: str) -> None:
+    if row.split("=")[-1] in UNSET:
+        assert "is not set" in problems(row)
     else:
-        with_facts(prepared(f"{where}={option}", *beside), FACTS)
+        with_facts(prepared(*row.split()), FACTS)
 
 
 def test_every_file_says_what_it_is() -> None:

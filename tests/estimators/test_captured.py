@@ -124,6 +124,16 @@ def test_a_whole_step_is_captured_anew_when_what_steers_it_changes(monkeypatch):
         assert len(made) > before
 
 
+@pytest.mark.parametrize("limit", ["MOST_WEIGHTS", "MOST_TENSORS"])
+def test_a_step_of_a_model_that_is_not_small_is_not_captured_whole(limit, monkeypatch):
+    made, phi = counted(whole_step, monkeypatch), example_weights()
+    chains = [one_stage(model=Network(), estimator=e) for e in (Unrolled(), Checkpointed(Captured()))]
+    chains[1].stages["only"].model.load_state_dict(chains[0].stages["only"].model.state_dict())
+    monkeypatch.setattr(whole_step, limit, 3)  # there are four tensors
+    assert relative_error(found(chains[1], phi), found(chains[0], phi)) < EXACT
+    assert not made
+
+
 def test_a_whole_step_whose_first_result_is_wrong_is_dropped(monkeypatch):
     make_fx = whole_step.make_fx
 

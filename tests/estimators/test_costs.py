@@ -112,7 +112,7 @@ def test_flops_with_few_states_are_the_schedules(num_states):
 
 def growth(estimator: Callable[[], Estimator], optimizer: Any) -> tuple[float, float]:
     """Return b and c of `peak = a + b √(T + 9/8) + c T` through three T, in weights per stage."""
-    steps = (9, 20, 35)  # the most for 3, 5 and 7 states: √(2T + 9/4) − 3/2
+    steps = (5, 9, 20)  # the most for 2, 3 and 5 states: √(2T + 9/4) − 3/2
     peaks = [cost_of(peak_bytes, estimator, t, optimizer) / WEIGHTS / STAGES for t in steps]
     powers = torch.tensor([[1.0, (t + 9 / 8) ** 0.5, t] for t in steps], dtype=torch.float64)
     _, root, linear = torch.linalg.solve(powers, torch.tensor(peaks, dtype=torch.float64)).tolist()

@@ -24,6 +24,9 @@ PROGRAMS = {"metaopt": cli.main, "metaopt-check": cli.check_main, "metaopt-fidel
 DIGITS = ("experiment=digits", "debug=tiny")
 QUICK = (*DIGITS, "trainer.check_first_step=false", "final.compare=[]", "output.plots=false")
 
+FEW_DATES = ("data.num_train=256", "data.num_unlabelled=128", "data.num_validation=32", "data.num_selection=32")
+FEW_DATES += ("data.num_test=32", "model.hidden_size=16")
+
 
 def run(folder: Path, *overrides: str) -> float:
     """One run in this process."""

@@ -129,7 +129,7 @@ def hypergradient(recipe: Recipe, meta_params: Any, estimator: Estimator | None 
 
 
 def difference_error(recipe: Recipe, meta_params: Any, found: Tensors, only: Sequence[str] = ()) -> float:
-    """|⟨found, d⟩ − central difference of the plain run along d| / ‖found‖, largest over two random directions d.
+    """|⟨found, d⟩ − central difference along d of the plain run| / ‖found‖, the larger of two d; a number has one.
 
     Args:
         recipe, meta_params, found: what is checked.
@@ -137,7 +137,7 @@ def difference_error(recipe: Recipe, meta_params: Any, found: Tensors, only: Seq
     """
     generator, errors = torch.Generator().manual_seed(0), []
     of_interest = {n: g for n, g in found.items() if not only or n in only}
-    for _ in range(2):
+    for _ in range(min(2, sum(g.numel() for g in of_interest.values()))):
         drawn = {n: torch.randn(g.shape, generator=generator, dtype=g.dtype) for n, g in of_interest.items()}
         direction = {n: d / norm(drawn) for n, d in drawn.items()}
 

@@ -23,6 +23,7 @@ from metaopt.optimizers.kinds import SUPPORTED
 from metaopt.optimizers.rule import Joined
 
 MOST_WEIGHTS = 2**14  # of a model whose operations are so short that calling them is what takes the time
+MOST_TENSORS = 32  # that its weights are in: tracing takes its time by operation, seconds a step for a transformer
 MOST_STEPS = 16
 
 
@@ -52,7 +53,7 @@ class WholeSteps:
         """Return the cotangents below a step, and of `others`, by its captured graph; None if it has none."""
         loop, record = loss.loop, loss.record
         own = type(loop.rule.optimizer) in SUPPORTED and loop.transform is None and not loss.obstacle
-        if not own or sum(x.numel() for x in loss.params) > MOST_WEIGHTS:
+        if not own or len(loop.rule.names) > MOST_TENSORS or sum(x.numel() for x in loss.params) > MOST_WEIGHTS:
             return None
         given = Given(loss, others)
         if not given.possible:
