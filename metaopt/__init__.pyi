@@ -2,6 +2,7 @@
 
 from . import estimators as estimators
 from . import losses as losses
+from .app.compare.rows import load_runs as load_runs
 from .app.loggers import CSVLogger as CSVLogger
 from .app.loggers import Logger as Logger
 from .app.loggers import PrintLogger as PrintLogger
@@ -86,6 +87,7 @@ from .models.hugging_face import from_pretrained as from_pretrained
 from .models.small import MLP as MLP
 from .models.small import encoder_decoder as encoder_decoder
 from .models.small import pretrained_encoder_decoder as pretrained_encoder_decoder
+from .saving.checkpoints import Checkpoints as Checkpoints
 from .slots.optimizers import Adafactor as Adafactor
 from .slots.optimizers import Muon as Muon
 from .slots.register import register_optimizer as register_optimizer

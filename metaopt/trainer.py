@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from metaopt.diagnostics.non_finite import located, located_in_training
 from metaopt.diagnostics.paths.explain import explained
 from metaopt.losses.objectives import as_trained, mean_meta_loss
 from metaopt.progress import progress_bar
+from metaopt.saving.checkpoints import Checkpoints, refuse_other
+from metaopt.saving.trainer_state import made_of, parts_with_state, random_state, set_random_state, without
 
 _LOOK = 1  # what a seed is derived for, beside the meta-losses
 Carry = str | int  # "always", "never", or N: start anew after every N meta-steps
@@ -89,6 +92,8 @@ class MetaTrainer:
         selection: early stopping and the best meta-parameters; None for none.
         observers: called with each meta-step's record: functions, or loggers such as `metaopt.CSVLogger(folder)`.
         validation_batches: of each meta-step; the meta-loss is their mean, for the memory of one of them.
+        checkpoint: a folder, or `Checkpoints(folder, every=...)`: the complete state is written there as `fit` goes,
+            and `fit` goes on from the last one that it finds there, bit for bit.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class MetaTrainer:
         observers: Sequence[Observer] = (),
         seed: int | None = None,
         validation_batches: int = 1,
+        checkpoint: str | Path | Checkpoints | None = None,
     ) -> None:
         check_counts("MetaTrainer", validation_batches=validation_batches)
         require_arguments(objective, ("trained", "batch", "meta_params"), "MetaTrainer: the objective")
@@ -122,6 +128,10 @@ class MetaTrainer:
         self.step = 0
         self.last_meta_params: dict[str, Any] | None = None  # where `fit` ended with better ones than the last
         self._best: dict[str, Any] = {"score": None, "step": None, "meta_params": None, "looks_since": 0}
+        self._meta_loss: float | None = None  # the last one
+        self._seconds = 0.0  # of all meta-steps
+        self.checkpoints = Checkpoints(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+        self._sought = False  # whether a checkpoint was looked for
 
     @property
     def learns(self) -> bool:
@@ -144,27 +154,80 @@ class MetaTrainer:
         Afterwards the meta-parameters are those of the best look at the selection stream, if there was one; to go on
         with a run, take `state_dict()` in an observer, before that.
         """
-        start, meta_loss, stopped, selection = time.perf_counter(), float("nan"), False, self.selection
+        if not self._sought and self.step == 0:
+            self.resume()
+        selection, last = self.selection, self.step
         with progress_bar(progress, "meta-steps", meta_steps, done=self.step) as advance:
-            while self.step < meta_steps and not stopped:
+            while self.step < meta_steps and not self.stopped:
                 began, step = time.perf_counter(), self.step + 1
                 looks = selection is not None and (step % selection.every == 0 or step == meta_steps)
                 used = self._meta_state() if looks else {}
                 trained, record = self.meta_step()
-                meta_loss = record["meta_loss"]
+                self._meta_loss = record["meta_loss"]
                 if selection is not None and looks:
                     record |= self._look(selection, trained, used)
-                    stopped = selection.patience is not None and self._best["looks_since"] >= selection.patience
                 record["seconds"] = time.perf_counter() - began
+                self._seconds += record["seconds"]
                 for observe in self.observers:
                     observe(record)
-                advance(f"meta-loss {meta_loss:.4f}")
+                if self.checkpoints is not None and self.checkpoints.due(step):
+                    last = self.save()
+                advance(f"meta-loss {record['meta_loss']:.4f}")
+        if self.checkpoints is not None and last != self.step:
+            self.save()
         best = self._best
         self.last_meta_params = None
         if best["meta_params"] is not None:
             self.last_meta_params = self._meta_state() if self.learns else None
             self._load_meta_params(best["meta_params"])
-        return MetaResult(self.step, meta_loss, best["score"], best["step"], time.perf_counter() - start, stopped)
+        meta_loss = float("nan") if self._meta_loss is None else self._meta_loss
+        return MetaResult(self.step, meta_loss, best["score"], best["step"], self._seconds, self.stopped)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether selection has run out of patience."""
+        patience = None if self.selection is None else self.selection.patience
+        return patience is not None and self._best["looks_since"] >= patience
+
+    @property
+    def best_step(self) -> int | None:
+        """The meta-step of the best look at the selection stream so far."""
+        return self._best["step"]
+
+    def best_meta_params(self) -> dict[str, Any]:
+        """Return the state dicts, by module name, of the best meta-parameters so far; without a look, of today's."""
+        return self._meta_state() if self._best["meta_params"] is None else self._best["meta_params"]
+
+    def save(self) -> int:
+        """Write a checkpoint; return its meta-step."""
+        if self.checkpoints is not None:
+            state = {"trainer": self.state_dict(), "random": random_state(), "made_of": made_of(self)}
+            self.checkpoints.write(self.step, state, best=self.step == self.best_step)
+        return self.step
+
+    def resume(self, force: bool = False) -> int | None:
+        """Go to the last whole checkpoint, and return its meta-step; None if there is none.
+
+        `force=True` starts those optimizers anew that are of another class than in the checkpoint.
+
+        Raises:
+            ConfigError: it is of another training; each difference is named, and nothing was loaded.
+        """
+        self._sought = True
+        found = None if self.checkpoints is None else self.checkpoints.newest()
+        if found is None:
+            return None
+        saved, ours = dict(found.state["made_of"]), made_of(self)
+        others = {key for key in ours if key.endswith("optimizer") and saved.get(key) != ours[key]} if force else set()
+        refuse_other(
+            saved | {key: ours[key] for key in others},
+            ours,
+            found.path,
+            "build the same one, or give another folder (nothing was loaded)",
+        )
+        self.load_state_dict(without(found.state["trainer"], others))
+        set_random_state(found.state["random"])
+        return self.step
 
     def meta_step(self) -> tuple[TrainedChain, dict[str, Any]]:
         """Take one meta-step, and return the trained models with the record of the step.
@@ -263,16 +326,22 @@ class MetaTrainer:
             "seed": self.seed,
             "validation": self.validation.state_dict(),
             "best": copy.deepcopy(self._best),
+            "meta_loss": self._meta_loss,
+            "seconds": self._seconds,
+            "parts": {name: copy.deepcopy(part.state_dict()) for name, part in parts_with_state(self)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; the run goes on bit for bit."""
         self.chain.load_state_dict(state["chain"])
         self._load_meta_params(state["meta_params"])
-        if self.meta_optimizer is not None:
+        if self.meta_optimizer is not None and "meta_optimizer" in state:
             self.meta_optimizer.load_state_dict(copy.deepcopy(state["meta_optimizer"]))
         self.validation.load_state_dict(state["validation"])
         self.step, self.seed, self._best = state["step"], state["seed"], copy.deepcopy(state["best"])
+        self._meta_loss, self._seconds, self._sought = state["meta_loss"], state["seconds"], True
+        for name, part in parts_with_state(self):
+            part.load_state_dict(copy.deepcopy(state["parts"][name]))
 
 
 def _check_covers(optimizer: Optimizer | None, meta_params: AnyMetaParameters) -> None:

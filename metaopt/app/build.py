@@ -26,6 +26,7 @@ from metaopt.core.stage import Stage
 from metaopt.data.bundle import DataBundle
 from metaopt.losses.distillation import FromUpstream
 from metaopt.models.small import check_fits
+from metaopt.saving.checkpoints import Checkpoints
 from metaopt.trainer import MetaTrainer, Selection
 
 SLOTS = ("schedule", "transform", "overrides", "initial")
@@ -123,7 +124,10 @@ def build_selection(config: DictConfig, bundle: DataBundle) -> Selection:
 
 
 def build_trainer(
-    config: DictConfig, bundle: DataBundle, observers: Sequence[Callable[[dict[str, Any]], None]] = ()
+    config: DictConfig,
+    bundle: DataBundle,
+    observers: Sequence[Callable[[dict[str, Any]], None]] = (),
+    checkpoints: Checkpoints | None = None,
 ) -> MetaTrainer:
     """Return the outer loop over the chain, with everything else that it holds."""
     chain, meta_params = build_chain(config, bundle), build_meta_params(config)
@@ -138,6 +142,7 @@ def build_trainer(
         observers=observers,
         seed=derived_seed(config.trainer.seed, _VALIDATION),
         validation_batches=config.trainer.validation_batches,
+        checkpoint=checkpoints,
     )
 
 

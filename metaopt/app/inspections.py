@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metaopt.app import report
 from metaopt.app.build import build
-from metaopt.app.job import Job, threads
+from metaopt.app.job import Job
 from metaopt.base.errors import ConfigError, MissingPathError
 from metaopt.core.contracts import Estimator
 from metaopt.diagnostics import check as checking
@@ -25,10 +25,9 @@ T = TypeVar("T")
 
 
 @contextmanager
-def _built(config: DictConfig, folder: str) -> Iterator[Job]:
-    """Build the trainer of the run that would be started, on the run's threads."""
-    with threads(config.trainer.num_threads):
-        job = Job(config, folder)
+def _built(config: DictConfig, folder: str, file: str) -> Iterator[Job]:
+    """Build the trainer of the run that would be started, on the run's threads; `file` is what will be written."""
+    with Job(config, folder, file) as job:
         job.build()
         if not job.trainer.learns:
             raise ConfigError(
@@ -50,7 +49,7 @@ def _measured(job: Job, count: int, measure: Callable[..., T]) -> T:
 
 def check(config: DictConfig, folder: str) -> str:
     """Set the hypergradient after the warm-up beside differences; write `check.json`, and return the verdict."""
-    with _built(config, folder) as job:
+    with _built(config, folder, "check.json") as job:
         job.begin()
         job.warm_up(job.config.check.warmup_steps)
         options: Any = OmegaConf.to_container(job.config.check, resolve=True)
@@ -65,13 +64,13 @@ def check(config: DictConfig, folder: str) -> str:
         cuts = str(explain_hypergradient(*job.trainer.parts())) if result.verdict == "differs" else ""
         report.say(job.console, [cuts] if cuts else [])
         report.say(job.console, [result.headline], STYLES[result.verdict])
-        job.write("check.json", {**result.as_dict(), "cuts": cuts})
+        job.folder.tell(**result.as_dict(), cuts=cuts)
     return result.verdict
 
 
 def compare_estimators(config: DictConfig, folder: str) -> FidelityResult:
     """Set each estimator beside the exact hypergradient after the warm-up; write `fidelity.json` and `fidelity.png`."""
-    with _built(config, folder) as job:
+    with _built(config, folder, "fidelity.json") as job:
         options, trainer = job.config.fidelity, job.trainer
         nodes = {str(name): node for name, node in options.estimators.items()}
         estimators = {name: build(f"fidelity.estimators.{name}", nodes[name], kind=Estimator) for name in nodes}
@@ -94,7 +93,7 @@ def compare_estimators(config: DictConfig, folder: str) -> FidelityResult:
         job.console.print(result.table())
         report.say(job.console, result.remarks)
         report.say(job.console, [f"→ {line}" for line in result.recommendation], "bold")
-        job.write("fidelity.json", result.as_dict())
+        job.folder.tell(**result.as_dict())
         if job.config.output.plots:
             report.plot_fidelity(result, job.path / "fidelity.png")
     return result

@@ -1,34 +1,32 @@
-"""What the commands share: the built parts, folder, console, clock, threads, and plain training with a bar."""
+"""What the commands share: the built parts, folder, console, threads, and plain training with a bar."""
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 
-import metaopt
 from metaopt.app.build import build_data, build_trainer
-from metaopt.app.config import as_yaml, with_facts
+from metaopt.app.config import as_yaml, with_facts, with_note
+from metaopt.app.folder import CONFIG, RESULT, RunFolder
+from metaopt.app.interrupts import interruptible
+from metaopt.app.steady import steady_console
 from metaopt.core.chain import TrainedChain
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.non_finite import locating_in_training
 from metaopt.progress import progress_bar
+from metaopt.saving.checkpoints import Checkpoints
+from metaopt.saving.files import write_text
 from metaopt.trainer import MetaTrainer
 
+J = TypeVar("J", bound="Job")
 FEW = 4  # entries of a meta-parameter that are checked one by one
-WIDTH = 110  # of a log file, which has none of its own
-PACKAGES = ("torch", "higher", "transformers", "hydra-core")
 
 
 @contextmanager
@@ -43,29 +41,67 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 class Job:
-    """One call of a command: the prepared config, the folder where it writes, its console, and what is built."""
+    """One call of a command: the prepared config, the folder where it writes, its console, and what is built.
+
+    As a context it holds the folder, lets signals end it, and tells in `file` how it ended.
+    """
 
     data: DataBundle
     trainer: MetaTrainer
 
-    def __init__(self, config: DictConfig, folder: str | Path) -> None:
-        self.config, self.path = config, Path(folder)
-        self.console = Console(width=None if sys.stdout.isatty() else WIDTH)
-        self._start = time.perf_counter()
-        self.path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, config: DictConfig, folder: str | Path, file: str = RESULT) -> None:
+        self.config, self.folder = config, RunFolder(folder, file)
+        self.path = self.folder.path
+        self.console = steady_console()
+        self._contexts = ExitStack()
 
-    def build(self, observers: Sequence[Callable[[dict[str, Any]], None]] = ()) -> None:
+    def __enter__(self: J) -> J:
+        with ExitStack() as contexts:
+            contexts.enter_context(threads(self.config.trainer.num_threads))
+            contexts.enter_context(interruptible())
+            self.claim()
+            contexts.callback(self.folder.release)
+            self._contexts = contexts.pop_all()
+        return self
+
+    def claim(self) -> None:
+        """Take the folder; a run that is there is left alone."""
+        self.folder.claim(may_hold=False)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with self._contexts:
+            if self.folder.is_open:
+                self.finish(error)
+
+    def finish(self, error: BaseException | None) -> None:
+        """Tell how it ended."""
+        if isinstance(error, KeyboardInterrupt):
+            self.folder.tell(status="interrupted", error=str(error) or "SIGINT")
+        elif error is not None:
+            self.folder.tell(status="failed", error=with_note(error))
+        elif self.folder.written["status"] == "running":
+            self.folder.tell(status="complete")
+
+    def build(
+        self, observers: Sequence[Callable[[dict[str, Any]], None]] = (), checkpoints: Checkpoints | None = None
+    ) -> None:
         """Build the data, fill their facts into the config, and build the trainer, which holds everything else."""
         self.data = build_data(self.config)
         self.config = with_facts(self.config, self.data.facts)
-        self.trainer = build_trainer(self.config, self.data, observers)
+        self.trainer = build_trainer(self.config, self.data, observers, checkpoints)
 
     def begin(self) -> None:
-        """Write `config.yaml`, and say what is run."""
-        (self.path / "config.yaml").write_text(as_yaml(self.config))
+        """Begin to write: `config.yaml`, and that it runs; say what is run."""
+        if not self.folder.is_open:
+            self.folder.open(self.facts())
+        write_text(self.path / CONFIG, as_yaml(self.config))
         sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
         examples = f"; examples: {sizes}" if sizes else ""
-        self.console.print(f"{self.trainer.chain!r}{examples}; writing to {self.path}")
+        self.console.print(f"{self.trainer.chain!r}{examples}; writing to {self.path}", markup=False)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides a result's bits beside the config."""
+        return {"seed": self.config.trainer.seed, "num_threads": torch.get_num_threads()}
 
     def warm_up(self, num_steps: int | None = None) -> None:
         """Train the stages by plain optimizers, for so many steps each; None for each stage's own warm-up."""
@@ -84,14 +120,3 @@ class Job:
         """Return the flat indices of each meta-parameter that has few."""
         tensors = named_tensors(self.trainer.meta_params)
         return {name: range(t.numel()) for name, t in tensors.items() if t.numel() <= FEW}
-
-    def write(self, name: str, found: Mapping[str, Any]) -> None:
-        """Write what was found as JSON, with what decides its bits beside the config, and how long it took."""
-        versions = {"metaopt-chain": metaopt.__version__, **{package: version(package) for package in PACKAGES}}
-        beside = {
-            "seconds": time.perf_counter() - self._start,
-            "seed": self.config.trainer.seed,
-            "num_threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), **versions},
-        }
-        (self.path / name).write_text(json.dumps({**found, **beside}, indent=2) + "\n")

@@ -59,6 +59,8 @@ class TrainerSchema(Section):
     select_every: Count | None = None
     patience: Count | None = None
     validation_batches: Count = 1
+    checkpoint_every: Count | None = None
+    keep_checkpoints: Count = 2
     start_from: str | None = None
 
 
@@ -115,6 +117,9 @@ class RunSchema(Section):
     limits: LimitsSchema
     logger: Target | None = None
     facts: dict[str, Any] | None = None
+    resume: str | None = None
+    resume_force: bool = False
+    overwrite: bool = False
 
 
 def options_of(section: str) -> list[str]:

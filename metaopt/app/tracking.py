@@ -6,23 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from metaopt.base.errors import ConfigError
 from metaopt.core.chain import Chain
 from metaopt.core.meta_params import AnyMetaParameters, as_named
+from metaopt.saving.files import replacing
 
 META_PARAMS, LAST_META_PARAMS = "meta_params.safetensors", "meta_params_last.safetensors"
 
 
-def save_meta_params(meta_params: AnyMetaParameters, folder: Path, last: Mapping[str, Any] | None = None) -> None:
-    """Write the meta-parameters (and their buffers) to `meta_params.safetensors`.
+def save_meta_params(
+    best: Mapping[str, Mapping[str, Tensor]], last: Mapping[str, Mapping[str, Tensor]] | None, folder: Path
+) -> None:
+    """Write state dicts by module name, as they are on disk whole or not at all, to `meta_params.safetensors`.
 
-    Where the last ones are others than the best, which `meta_params` holds, `last` has their state dicts by module
-    name; they go to `meta_params_last.safetensors`.
+    Where the last ones are others than the best, they go to `meta_params_last.safetensors`.
     """
-    best = {name: module.state_dict() for name, module in as_named(meta_params).items()}
     for file, states in ((META_PARAMS, best), (LAST_META_PARAMS, last)):
         if states is not None:
             named = ((".".join(filter(None, (prefix, n))), t) for prefix, s in states.items() for n, t in s.items())
@@ -42,7 +44,10 @@ def load_meta_params(meta_params: AnyMetaParameters, folder: str | Path, last: b
         path = Path(folder) / META_PARAMS
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; name the folder of a run that has written its results")
-    found = load_file(path)
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is no file of meta-parameters: {error}") from error
     for prefix, module in as_named(meta_params).items():
         ours = [key for key in found if not prefix or f"{key}.".startswith(f"{prefix}.")]
         try:
@@ -65,4 +70,5 @@ def save_models(chain: Chain, folder: Path) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)
+    with replacing(path) as written:
+        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, written)

@@ -265,7 +265,7 @@ class Stage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._load_tensors(state["model"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.optimizer.load_state_dict(copy.deepcopy(state.get("optimizer", self.optimizer.state_dict())))
         if self._stream is not None:
             self._stream.load_state_dict(state["stream"])
         random = state["random"]

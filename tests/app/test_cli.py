@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import DIGITS, FEW_DATES, QUICK, ROOT, command, process, records, result, run
+from commands import DIGITS, FEW_DATES, QUICK, ROOT, command, files, process, records, result, run
 from safetensors.torch import load_file
 
 from metaopt.base.errors import ConfigError, MissingPathError, NonFiniteError
@@ -77,7 +77,7 @@ def test_every_experiment_runs_for_two_meta_steps(overrides: Sequence[str], tmp_
 
 def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     score = run(tmp_path, *DIGITS)
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    found = files(tmp_path)
     models = {f"models/{stage}/model.safetensors" for stage in ("teacher", "student")}
     plots = {"meta_loss.png", "weights.png", "lowest_weights.png", "comparison.png"}
     assert found == {"config.yaml", "metrics.jsonl", "result.json", *META_PARAMS, *models, *plots}
@@ -98,7 +98,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_parts_can_be_switched_off(tmp_path: Path) -> None:
     run(tmp_path, *QUICK, "output.save_models=false")
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    found = files(tmp_path)
     assert found == {"config.yaml", "metrics.jsonl", "result.json", *META_PARAMS}
     assert "accuracy" in result(tmp_path)["metrics"]
 

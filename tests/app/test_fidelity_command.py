@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import files
 from hydra import compose, initialize_config_module
 
 from metaopt.app import cli, inspections
@@ -47,7 +48,7 @@ def names(result: FidelityResult) -> list[str]:
 def test_what_a_comparison_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A captured product takes seconds to trace; it is compared in diagnostics/test_fidelity.py.
     result = compared(tmp_path, *SMALL, "fidelity.num_runs=1", "limits.num_steps=2", "~fidelity.estimators.captured")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "fidelity.json", "fidelity.png"}
+    assert files(tmp_path) == {"config.yaml", "fidelity.json", "fidelity.png"}
     assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "fidelity.json").read_text())
     rows = {row["name"]: row for row in written["rows"]}
@@ -114,7 +115,7 @@ def test_points_lie_apart_by_meta_steps(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_cannot_be_compared_is_refused(overrides: Sequence[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         compared(tmp_path, *QUICK, *overrides)
-    assert not list(tmp_path.iterdir())
+    assert not files(tmp_path)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

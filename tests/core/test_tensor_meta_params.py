@@ -158,7 +158,7 @@ def test_a_run_of_the_trainer_resumes_and_saves_them(given: str, tmp_path: Any) 
     second.load_state_dict(first.state_dict())
     second.fit(4)
     assert [t.tolist() for t in learned(second.meta_params)] == [t.tolist() for t in learned(whole.meta_params)]
-    save_meta_params(whole.meta_params, tmp_path)
+    save_meta_params(whole.best_meta_params(), None, tmp_path)
     loaded = make()
     metaopt.load_meta_params(loaded, tmp_path)
     assert [t.tolist() for t in learned(loaded)] == [t.tolist() for t in learned(whole.meta_params)]

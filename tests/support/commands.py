@@ -66,8 +66,15 @@ def process(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
+def files(folder: Path) -> set[str]:
+    """What a command has left for its user, by path."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {path for path in found if path != ".lock" and not path.startswith("checkpoints/")}
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def result(folder: Path) -> dict[str, Any]:
