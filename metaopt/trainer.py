@@ -201,9 +201,11 @@ class MetaTrainer:
     def save(self) -> int:
         """Write a checkpoint; return its meta-step."""
         if self.checkpoints is not None:
-            state = {"trainer": self.state_dict(), "random": random_state(), "made_of": made_of(self)}
-            self.checkpoints.write(self.step, state, best=self.step == self.best_step)
+            self.checkpoints.write(self.step, self._all_state, best=self.step == self.best_step)
         return self.step
+
+    def _all_state(self) -> dict[str, Any]:
+        return {"trainer": self.state_dict(), "random": random_state(), "made_of": made_of(self)}
 
     def resume(self, force: bool = False) -> int | None:
         """Go to the last whole checkpoint, and return its meta-step; None if there is none.
@@ -309,7 +311,9 @@ class MetaTrainer:
     def mean_loss(self, trained: TrainedChain, batches: Iterable[Any]) -> float:
         """Return the meta-objective's mean over batches."""
         moved = (self.chain.move(batch) for batch in batches)
-        losses = [float(evaluate(self.objective, trained, batch, self.meta_params)) for batch in moved]
+        found = (evaluate(self.objective, trained, batch, self.meta_params) for batch in moved)
+        where = f"the meta-objective {type(self.objective).__name__}"
+        losses = [require_scalar(loss, where, needs_graph=False).item() for loss in found]
         return sum(losses) / len(losses)
 
     def _load_meta_params(self, state: Mapping[str, Any]) -> None:

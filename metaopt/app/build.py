@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from metaopt.app.exits import exit_place
 from metaopt.app.tracking import load_meta_params
 from metaopt.base.errors import ConfigError, MetaoptError, first_line
 from metaopt.base.streams import derived_seed, seeded
@@ -86,7 +87,7 @@ def _slot(where: str, node: DictConfig) -> Callable[..., Any]:
 def _model(where: str, made: Callable[[], Any], config: DictConfig) -> nn.Module:
     device, dtype = config.trainer.device, getattr(torch, config.trainer.dtype)
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"trainer.device = {device!r} cannot be used here: {first_line(error)}") from error
     return call(where, made, kind=nn.Module).to(device=device, dtype=dtype)
@@ -161,10 +162,14 @@ def call(where: str, made: Callable[..., Any], *args: Any, kind: type = object, 
     """Call a factory; what it raises, or returns of another kind, is told with the part of the config it comes from."""
     try:
         found = made(*args, **kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not exit_place(error):
+            raise
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, SystemExit):
+            raise ConfigError(f"{where}: {exit_place(cause)}") from error
         if isinstance(cause, MetaoptError):
             raise ConfigError(f"{where}: {cause}") from error
         frame = traceback.extract_tb(cause.__traceback__)[-1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import traceback
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose
@@ -13,10 +15,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metaopt.app.schema import SHARED_PARTS, Raw, options_of, problems_of, value_at
-from metaopt.base.errors import ConfigError, MetaoptError, did_you_mean, first_line, was_told
+from metaopt.base.errors import ConfigError, MetaoptError, did_you_mean, first_line, own_lines, was_told
+from metaopt.saving.text import printable
 
+LONGEST, MOST = 1000, 8  # characters of a line of a message; lines of one that nothing has foreseen
 SHARED = "_shared_"
 ASKS = " asks for "  # a fact of the data
+# What another package brings: option → the extra, and the package.
+EXTRAS = {
+    "hydra/launcher/joblib": ("joblib", "hydra-joblib-launcher"),
+    "hydra/launcher/submitit_local": ("submitit", "hydra-submitit-launcher"),
+    "hydra/launcher/submitit_slurm": ("submitit", "hydra-submitit-launcher"),
+    "hydra/launcher/ray": ("ray", "hydra-ray-launcher"),
+    "hydra/sweeper/optuna": ("optuna", "hydra-optuna-sweeper"),
+}
 
 
 def prepare(
@@ -68,9 +80,34 @@ def with_note(error: BaseException) -> str:
     return text if not told or told in text else f"{text}\n{told}"
 
 
+def told(error: Exception) -> str:
+    """Return what a command says of an exception, as text that can be shown."""
+    if was_told(error):
+        said = with_note(error)
+    else:
+        said = explained(error) if isinstance(error, (MetaoptError, HydraException)) else _unforeseen(error)
+    return "\n".join(printable(line, LONGEST) for line in said.splitlines())
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return what an error says that nothing has foreseen, the file that was read, and the user's own lines."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    read = [frame.f_locals.get("file_") for frame, _ in frames if frame.f_globals["__name__"] == "omegaconf.omegaconf"]
+    files = [f"{name}: " for file in read if (name := getattr(file, "name", "")) and name not in str(error)]
+    last = Path(frames[-1][0].f_code.co_filename).name
+    place = f"  at {last}, line {frames[-1][1]}; the whole traceback: HYDRA_FULL_ERROR=1 metaopt ..."
+    said = "\n".join(with_note(error).splitlines()[: 1 if isinstance(error, RecursionError) else MOST])
+    return "\n".join(["".join(files[:1]) + said, *own_lines(error.__traceback__), place])
+
+
 def explained(error: Exception) -> str:
     """Return the message of an error, and what an option that Hydra does not know may have meant."""
     text = str(error)
+    if absent := re.search(rf"({'|'.join(EXTRAS)})\b", text):
+        extra, package = EXTRAS[absent[0]]
+        return f"{first_line(error)}\n{absent[0]} comes with the extra `{extra}`: pip install {package}"
+    if missing := re.search(r"Could not find '(.*/)?(.*)'\s+Available options in '.*':\n((?:\t.*\n?)+)", text):
+        return text + did_you_mean(missing[2], missing[3].split(), others=False)
     unknown = re.match(r"(?:In '.*': )?Could not override '([\w.@/]+)'", text)
     if unknown is None:
         return text

@@ -20,6 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 import metaopt
+from metaopt.app.yaml_files import refuse_bomb
 from metaopt.base.errors import ConfigError, first_line
 from metaopt.saving.files import as_json, not_finite, write_text
 
@@ -130,8 +131,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        refuse_bomb(text := path.read_text(encoding="utf-8"), path)
+        found = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}); resume= takes the folder of a run") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is no config; resume= takes the folder of a run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -19,10 +19,16 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         self.name, self.code, self.said = signal.Signals(number).name, 128 + number, ""
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        """A job's process hands it on to the one that launched it."""
+        return type(self), (self.code - 128,)
+
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(first: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Raise `Interrupted` in the block when a signal comes whose handler is the default one; further ones wait.
+
+    What is to be done `first` is done before the block hears of it.
 
     A scheduler's own handler, such as the one by which submitit has a job queued again, is left in its place.
     """
@@ -40,6 +46,7 @@ def interruptible() -> Iterator[None]:
             return
         for other in taken:
             signal.signal(other, signal.SIG_IGN)  # the folder is put in order, undisturbed
+        first()
         raise Interrupted(number)
 
     try:

@@ -11,11 +11,14 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig
 
+from metaopt.app import report
 from metaopt.app.build import build_data, build_trainer
 from metaopt.app.config import as_yaml, with_facts, with_note
 from metaopt.app.folder import CONFIG, RESULT, RunFolder
 from metaopt.app.interrupts import interruptible
+from metaopt.app.rehearsal import rehearse, tell_where
 from metaopt.app.steady import steady_console
+from metaopt.base.streams import seeded
 from metaopt.core.chain import TrainedChain
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.data.bundle import DataBundle
@@ -58,6 +61,7 @@ class Job:
     def __enter__(self: J) -> J:
         with ExitStack() as contexts:
             contexts.enter_context(threads(self.config.trainer.num_threads))
+            contexts.enter_context(seeded(self.config.trainer.seed))  # whatever ran in this process before
             contexts.enter_context(interruptible())
             self.claim()
             contexts.callback(self.folder.release)
@@ -70,6 +74,8 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with self._contexts:
+            if hasattr(self, "data"):
+                tell_where(error, self.data)
             if self.folder.is_open:
                 self.finish(error)
 
@@ -89,6 +95,7 @@ class Job:
         self.data = build_data(self.config)
         self.config = with_facts(self.config, self.data.facts)
         self.trainer = build_trainer(self.config, self.data, observers, checkpoints)
+        rehearse(self.trainer, self.data)
 
     def begin(self) -> None:
         """Begin to write: `config.yaml`, and that it runs; say what is run."""
@@ -97,7 +104,7 @@ class Job:
         write_text(self.path / CONFIG, as_yaml(self.config))
         sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
         examples = f"; examples: {sizes}" if sizes else ""
-        self.console.print(f"{self.trainer.chain!r}{examples}; writing to {self.path}", markup=False)
+        report.say(self.console, [f"{self.trainer.chain!r}{examples}; writing to {self.path}"])
 
     def facts(self) -> dict[str, Any]:
         """Return what decides a result's bits beside the config."""

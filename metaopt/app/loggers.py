@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts
+from metaopt.saving.text import printable
 
 
 class Logger(AbstractContextManager[Any], ABC):
@@ -65,10 +66,12 @@ class CSVLogger(Logger):
         self._columns: list[str] = []
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        self._rows.append(dict(record))
+        record = {printable(name): value for name, value in record.items()}
+        self._rows.append(record)
         new = [name for name in record if name not in self._columns]
         self._columns += new
-        with (self.folder / "metrics.csv").open("w" if new else "a", newline="") as file:
+        mode = "w" if new else "a"
+        with (self.folder / "metrics.csv").open(mode, newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns)
             if new:
                 writer.writeheader()
@@ -140,7 +143,8 @@ class WandbLogger(Logger):
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if name != "meta_step" and isinstance(value, (int, float))}
+    numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+    return {printable(name): value for name, value in numbers.items() if name != "meta_step"}
 
 
 def _package(module: str, extra: str) -> Any:

@@ -19,7 +19,9 @@ from metaopt.data.bundle import DataBundle
 from metaopt.diagnostics.check_result import CheckResult
 from metaopt.diagnostics.fidelity import OWN
 from metaopt.diagnostics.fidelity_result import FidelityResult
+from metaopt.diagnostics.tables import cell
 from metaopt.meta_params.tables import summary
+from metaopt.saving.text import any_font, plot_label, printable
 
 SMALL = 8  # entries of a meta-parameter that are shown one by one
 NUM_PICTURED = 20
@@ -35,15 +37,19 @@ REMEDIES = (
 def say(console: Console, lines: Sequence[str], style: str = "") -> None:
     """Show lines as they are, without reading markup into them."""
     for line in lines:
-        console.print(Text(line, style))
+        console.print(Text(printable(line, lines=True), style))
 
 
-def _table(title: str | None, *columns: str, left: int = 1, **look: Any) -> Table:
-    """Return an empty table whose first columns are flush left, and the others right."""
-    table = Table(title=title, title_justify="left", **look)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right")
-    return table
+class _Table(Table):
+    """A table whose first columns are flush left, and the others right; no markup is read in its strings."""
+
+    def __init__(self, title: str | None, *columns: str, left: int = 1, **look: Any) -> None:
+        super().__init__(title=title, title_justify="left", **look)
+        for i, column in enumerate(columns):
+            self.add_column(cell(column), justify="left" if i < left else "right")
+
+    def add_row(self, *cells: str | Text) -> None:  # type: ignore[override]
+        super().add_row(*(text if isinstance(text, Text) else cell(text) for text in cells))
 
 
 def print_check(console: Console, check: CheckResult, sweep: bool = False) -> None:
@@ -59,7 +65,7 @@ def print_learned(console: Console, meta_params: AnyMetaParameters, data: DataBu
     """Show what was learned: its summary, the weights of sources or examples; where there is neither, the tensors."""
     learned, found = summary(meta_params), weights_of(meta_params)
     if learned:
-        table = _table("learned", "", "", box=None, show_header=False)
+        table = _Table("learned", "", "", box=None, show_header=False)
         for name, value in learned.items():
             table.add_row(name, f"{value:.4g}")
         console.print(table)
@@ -74,7 +80,7 @@ def _table_of_sources(weights: Tensor, data: DataBundle) -> Table:
     """Return each source's weight as a bar, good and bad ones marked."""
     sources = _shares(weights, data)
     highest = max(share for _, share, _, _ in sources)
-    table = _table("learned weight of each source (share of all weight)", "source", "", "share", box=None, left=2)
+    table = _Table("learned weight of each source (share of all weight)", "source", "", "share", box=None, left=2)
     for name, share, colour, mark in sources:
         bar = "█" * max(1, round(BAR * share / highest))
         table.add_row(name, Text(bar, colour), f"{share:6.1%}", Text(mark, colour))
@@ -83,7 +89,7 @@ def _table_of_sources(weights: Tensor, data: DataBundle) -> Table:
 
 def _table_of_examples(weights: Tensor, data: DataBundle) -> Table:
     """Return the distribution of the example weights, of clean and corrupted examples apart."""
-    table = _table("learned example weights", "", "examples", "lowest", "median", "highest", box=None)
+    table = _Table("learned example weights", "", "examples", "lowest", "median", "highest", box=None)
     for name, part, colour in _parts(weights, data.is_clean):
         if len(part):
             numbers = (part.min(), part.median(), part.max())
@@ -93,7 +99,7 @@ def _table_of_examples(weights: Tensor, data: DataBundle) -> Table:
 
 def _table_of_tensors(tensors: Mapping[str, Tensor]) -> Table:
     """Return small meta-parameters entry by entry, with the last hypergradient; of large ones, their range."""
-    table = _table("meta-parameters", "name", "value", "last hypergradient", box=None)
+    table = _Table("meta-parameters", "name", "value", "last hypergradient", box=None)
     for name, tensor in tensors.items():
         values, gradient = tensor.detach().flatten(), None if tensor.grad is None else tensor.grad.flatten()
         if len(values) > SMALL:
@@ -134,19 +140,21 @@ def print_answers(console: Console, answers: Mapping[str, Sequence[tuple[str, st
 
     `answers`: training → rows of (input, right answer, the model's answer), the same inputs in each.
     """
-    table = _table("test examples", "as written", "right", *answers, left=2 + len(answers))
+    table = _Table("test examples", "as written", "right", *answers, left=2 + len(answers))
     for rows in zip(*answers.values(), strict=True):
         written, right, _ = rows[0]
-        table.add_row(written, right, *(Text(row[2], "green" if row[2] == right else "red") for row in rows))
+        table.add_row(written, right, *(cell(row[2], "green" if row[2] == right else "red") for row in rows))
     if table.row_count:
         console.print(table)
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Show the test metrics of each training."""
+    """Show the test metrics of each training; nothing where every test has failed."""
+    if not scores:
+        return
     metrics = list(next(iter(scores.values())))
     say(console, [title], "italic")
-    table = _table(None, "weights", *(metric.replace("_", " ") for metric in metrics))
+    table = _Table(None, "weights", *(metric.replace("_", " ") for metric in metrics))
     for name, values in scores.items():
         table.add_row(name, *(f"{values[metric]:.3f}" for metric in metrics))
     console.print(table)
@@ -157,7 +165,7 @@ def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path, best_step: 
     figure, (axes,) = _figure()
     steps = [record["meta_step"] for record in records]
     for key in (k for k in records[0] if k.startswith("inner_loss/")):
-        label = f"inner loss, {key.removeprefix('inner_loss/')}"
+        label = plot_label(f"inner loss, {key.removeprefix('inner_loss/')}")
         axes.plot(steps, [record[key] for record in records], linewidth=0.8, alpha=0.6, label=label)
     axes.plot(steps, [record["meta_loss"] for record in records], color="black", linewidth=1.4, label="meta-loss")
     if best_step in steps:
@@ -167,7 +175,7 @@ def plot_meta_loss(records: Sequence[Mapping[str, Any]], path: Path, best_step: 
     if axes.get_ylim()[0] > 0:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_weights(key: str, weights: Tensor, data: DataBundle, folder: Path) -> None:
@@ -179,7 +187,7 @@ def plot_weights(key: str, weights: Tensor, data: DataBundle, folder: Path) -> N
         _draw_histogram(axes, weights, data.is_clean)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    figure.savefig(folder / "weights.png")
+    _save(figure, folder / "weights.png")
     if key == "index" and data.picture is not None:
         lowest = torch.argsort(weights)[:NUM_PICTURED].tolist()
         data.picture(lowest, folder / "lowest_weights.png", "Lowest learned weights")
@@ -187,7 +195,7 @@ def plot_weights(key: str, weights: Tensor, data: DataBundle, folder: Path) -> N
 
 def _draw_shares(axes: Any, weights: Tensor, data: DataBundle) -> None:
     labels, shares, colours, _ = zip(*_shares(weights, data), strict=True)
-    axes.barh(labels, shares, color=colours)
+    axes.barh(range(len(shares)), shares, color=colours, tick_label=list(map(plot_label, labels)))
     axes.axvline(1 / len(shares), color="grey", linewidth=1, linestyle=":", label="uniform")
     axes.invert_yaxis()
     axes.set(xlabel="share of all weight", title="Learned weight of each source")
@@ -212,14 +220,15 @@ def plot_scores(scores: Mapping[str, Mapping[str, float]], path: Path) -> None:
     figure.suptitle("Test, by the weights trained with", fontsize=12)
     for axes, metric in zip(panels, metrics, strict=True):
         values = [values[metric] for values in scores.values()]
-        bars = axes.barh(list(scores), values, color=[GOOD if name == "learned" else PLAIN for name in scores])
+        colours, names = [GOOD if name == "learned" else PLAIN for name in scores], list(map(plot_label, scores))
+        bars = axes.barh(range(len(names)), values, color=colours, tick_label=names)
         axes.bar_label(bars, fmt="%.3f", padding=3)
         axes.margins(x=0.2)
         if not any(values):
             axes.set_xlim(0, 1)
-        axes.set(xlabel=metric.replace("_", " "))
+        axes.set(xlabel=plot_label(metric.replace("_", " ")))
     panels[0].invert_yaxis()
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_fidelity(result: FidelityResult, path: Path) -> None:
@@ -235,13 +244,18 @@ def plot_fidelity(result: FidelityResult, path: Path) -> None:
         colour, error = f"C{i % 10}", max(row.error, 2.0**-53)
         face = colour if row.is_exact else "white"
         style = {"marker": "osD^vP*X<>"[i % 10], "facecolor": face, "edgecolor": colour, "s": 45, "zorder": 3}
-        left.scatter(cost.peak_bytes / 1e6, error, label=row.name, **style)
+        left.scatter(cost.peak_bytes / 1e6, error, label=plot_label(row.name), **style)
         right.scatter(cost.time, error, **style)
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.grid(color="0.92", zorder=0)
     figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with any_font():
+        figure.savefig(path)
 
 
 def _figure(width: float = 6.4, height: float = 3.6, num_panels: int = 1, **options: Any) -> tuple[Any, Any]:

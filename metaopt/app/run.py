@@ -21,11 +21,13 @@ from metaopt.app.final import doubts, weight_quality, weights_of
 from metaopt.app.folder import CHECKPOINTS, CONFIG, METRICS, digest, flat, read_config
 from metaopt.app.interrupts import Interrupted
 from metaopt.app.job import Job
+from metaopt.app.loggers import Logger
 from metaopt.app.steady import error_of
 from metaopt.app.tracking import save_meta_params, save_models
 from metaopt.base.errors import MetaoptError, first_line
 from metaopt.base.streams import seeded
 from metaopt.core.chain import TrainedChain
+from metaopt.data.checks import checked
 from metaopt.diagnostics.check import check_hypergradient
 from metaopt.losses.objectives import as_trained
 from metaopt.meta_params.tables import baseline, summary
@@ -110,7 +112,7 @@ class Run(Job):
                 self.folder.release()
                 raise
         if self.is_over:
-            self.console.print(f"{self.path}: complete already, with score {self.score:.6g}", markup=False)
+            report.say(self.console, [f"{self.path}: complete already, with score {self.score:.6g}"])
         elif not self.folder.holds_run:
             self.folder.open(self.facts())
 
@@ -162,9 +164,9 @@ class Run(Job):
         write_text(self.path / METRICS, "".join(as_json(record) + "\n" for record in before))
         super().begin()
         if self._from is not None:
-            self.console.print(f"going on after meta-step {self._from}", markup=False)
+            report.say(self.console, [f"going on after meta-step {self._from}"])
         if self.config.get("logger"):
-            self.logger = build("logger", self.config.logger, self.path)
+            self.logger = build("logger", self.config.logger, self.path, kind=Logger)
         self.records = [*before]
         for record in before:
             self._log(record)
@@ -272,12 +274,12 @@ class Run(Job):
 
     def _test(self, trained: TrainedChain) -> tuple[dict[str, float], Sequence[tuple[str, str, str]]]:
         """Score the last stage on the test stream, fed as it was in training; return some of its answers too."""
-        data, model = self.data, as_trained(trained, self.config.chain[-1])
+        data, model, test = self.data, as_trained(trained, self.config.chain[-1]), checked("test", self.data.test)
         if data.score is None:
-            scores = {"loss": self.trainer.mean_loss(trained, data.test)}
+            scores = {"loss": self.trainer.mean_loss(trained, test)}
         else:
             with torch.no_grad(), seeded(0):  # a hand-over may sample what the stage reads
-                scores = dict(data.score(model, [self.trainer.chain.move(batch) for batch in data.test]))
+                scores = dict(data.score(model, [self.trainer.chain.move(batch) for batch in test]))
         return scores, [] if data.answers is None else data.answers(model, data.test, NUM_ANSWERS)
 
     def save(self) -> None:

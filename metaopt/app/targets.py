@@ -58,7 +58,7 @@ def _problems_of_target(node: Mapping[str, Any], path: str, is_nested: bool) -> 
         return
     try:
         called = locate(target)
-    except Exception as error:  # importing a user's module can raise anything
+    except (Exception, SystemExit) as error:  # importing a user's module can raise anything
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         yield here, f" = {target} cannot be imported (from what is installed, or the current folder): {kind}{error}"
     else:

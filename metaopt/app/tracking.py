@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from metaopt.base.errors import ConfigError
+from metaopt.base.errors import ConfigError, first_line
 from metaopt.core.chain import Chain
 from metaopt.core.meta_params import AnyMetaParameters, as_named
 from metaopt.saving.files import replacing
@@ -46,8 +46,12 @@ def load_meta_params(meta_params: AnyMetaParameters, folder: str | Path, last: b
         raise ConfigError(f"{path}: there is no such file; name the folder of a run that has written its results")
     try:
         found = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is no file of meta-parameters: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read: {first_line(error)}; name the folder of another run") from error
+    floating = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+    broken = [name for name, tensor in floating.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ConfigError(f"{path}: {broken[0]!r} holds numbers that are not finite; start from another run")
     for prefix, module in as_named(meta_params).items():
         ours = [key for key in found if not prefix or f"{key}.".startswith(f"{prefix}.")]
         try:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
+from types import FrameType, TracebackType
 from typing import Any
+
+BENEATH = {"torch", "numpy", "yaml", "packaging", *sys.stdlib_module_names}
+LIBRARIES = {"metaopt", "higher", "transformers", "peft", "accelerate", "hydra", "omegaconf", *BENEATH}
 
 
 class MetaoptError(Exception):
@@ -61,3 +67,17 @@ def tell(error: Exception, text: str) -> None:
 def was_told(error: BaseException) -> str | None:
     """Return the note of an exception that came through `telling`, or None."""
     return getattr(error, "told", None)
+
+
+def own_lines(trace: TracebackType | None) -> list[str]:
+    """Return the lines of a traceback that are no library's, outermost first; of very many the first and the last."""
+    frames = [(frame, number) for frame, number in traceback.walk_tb(trace) if not is_library(frame)]
+    kept = frames if len(frames) <= 10 else [*frames[:5], *frames[-5:]]
+    lines = [traceback.FrameSummary(f.f_code.co_filename, number, f.f_code.co_name) for f, number in kept]
+    near = [x.filename if (path := os.path.relpath(x.filename)).startswith("..") else path for x in lines]
+    return [f"  {path}:{x.lineno}, in {x.name}: {x.line}" for path, x in zip(near, lines, strict=True)]
+
+
+def is_library(frame: FrameType) -> bool:
+    """Return whether a call is of a library, or of this one."""
+    return (frame.f_globals.get("__name__") or "").partition(".")[0] in LIBRARIES

@@ -6,18 +6,15 @@ What user code raises keeps its type; a note on it says where it was called, and
 from __future__ import annotations
 
 import inspect
-import os
-import sys
-import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from metaopt.base.errors import ConfigError, StageError, tell, was_told
+from metaopt.base.errors import ConfigError, StageError, own_lines, tell, was_told
 from metaopt.core.meta_params import AnyMetaParameters
 from metaopt.core.view import FunctionalModel
 from metaopt.core.view import Tensors as Tensors
@@ -31,9 +28,6 @@ Gradients = Mapping[str, Tensor | None]  # of the parameters that a loss does no
 Transform = Callable[[Tensors], Tensors]
 LossFunction = Callable[[Any, Any, AnyMetaParameters, Upstream], Tensor]
 OnStep = Callable[[str, int, Tensor], None]  # stage, step, detached loss
-
-BENEATH = {"torch", "numpy", *sys.stdlib_module_names}
-LIBRARIES = {"metaopt", "higher", "transformers", "peft", "accelerate", "hydra", "omegaconf", *BENEATH}
 
 
 class Estimator(ABC):
@@ -155,24 +149,9 @@ class telling:  # noqa: N801  # reads as a statement: `with telling(...)`
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         if not isinstance(error, Exception) or was_told(error):
             return
-        hint = ""  # of an error that torch words for its own developers
-        if "device-side assert" in str(error):
-            hint = "; most often a label or token is beyond the model's classes or vocabulary: the CPU says which"
-        tell(error, "\n".join([f"raised in {self._where()}{hint}", *_own_lines(trace)]))
-
-
-def _own_lines(trace: TracebackType | None) -> Iterator[str]:
-    """Yield the lines of a traceback that are no library's, outermost first."""
-    for frame, number in traceback.walk_tb(trace):
-        if not is_library(frame):
-            line = traceback.FrameSummary(frame.f_code.co_filename, number, frame.f_code.co_name)
-            near = os.path.relpath(line.filename)
-            yield f"  {line.filename if near.startswith('..') else near}:{number}, in {line.name}: {line.line}"
-
-
-def is_library(frame: FrameType) -> bool:
-    """Return whether a call is of a library, or of this one."""
-    return (frame.f_globals.get("__name__") or "").partition(".")[0] in LIBRARIES
+        hint = "; most often a label or token is beyond the model's classes or vocabulary: the CPU says which"
+        hint = hint if "device-side assert" in str(error) else ""  # torch words it for its own developers
+        tell(error, "\n".join([f"raised in {self._where()}{hint}", *own_lines(trace)]))
 
 
 def described(batch: Any) -> str:

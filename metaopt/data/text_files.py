@@ -74,7 +74,10 @@ def _column(place: str, rows: Any, role: str, column: str) -> list[str]:
             f"example's {role} with {role}=... (in a config: data.{role}=...)"
         )
     names = getattr(rows.features[column], "names", None)  # a hub data set's classes, counted from 0
-    values = [names[v] if names and isinstance(v, int) and v >= 0 else v for v in rows[column]]
+    try:
+        values = [names[v] if names and isinstance(v, int) and v >= 0 else v for v in rows[column]]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place}: column {column!r} is not in UTF-8 ({error}); save the file as UTF-8") from error
     for number, value in enumerate(values, 1):
         if isinstance(value, (list, dict, tuple)):
             kind = type(value).__name__

@@ -94,6 +94,10 @@ class SequenceToSequence(Task):
 class Causal(Task):
     """Texts are begin token, input, target, end token; labelled are the last two, without targets all but the first."""
 
+    def __init__(self, *encoding: Any) -> None:
+        super().__init__(*encoding)
+        self.facts["is_causal"] = True
+
     def encode(self, stream: str) -> dict[str, list[Any]]:
         inputs = self.tokens(stream, "input", special=False, room=1 if self.has_targets else 2)
         if "target" in self.texts[stream]:

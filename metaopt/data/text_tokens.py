@@ -21,6 +21,7 @@ from transformers import (
 from metaopt.base.errors import ConfigError, first_line
 from metaopt.data.text_files import Texts
 from metaopt.losses.logits import IGNORED
+from metaopt.models.hugging_face import local_first
 
 CHARACTERS = "characters"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -55,7 +56,7 @@ def load_tokenizer(name: str, texts: Texts) -> Any:
             text for found in read for role in ("input", "target") for text in found.get(role, ())
         )
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = local_first(AutoTokenizer.from_pretrained, name)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"text: cannot load tokenizer={name!r}: give a folder that holds one, a name on the Hugging Face hub, or "

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.base.errors import ConfigError, MetaoptError, StageError, did_you_mean
+from metaopt.base.errors import ConfigError, MetaoptError, StageError, did_you_mean, is_library
 from metaopt.base.streams import seeded
 from metaopt.core.chain import Chain
-from metaopt.core.contracts import MetaObjective, is_library
+from metaopt.core.contracts import MetaObjective
 from metaopt.core.guards import moved_buffers
 from metaopt.core.meta_params import AnyMetaParameters, named_tensors
 from metaopt.diagnostics.backward import hypergradient

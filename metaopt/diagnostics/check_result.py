@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from metaopt.core.guards import left_out
-from metaopt.diagnostics.tables import plain, table
+from metaopt.diagnostics.tables import cell, plain, table
 
 Verdict = Literal["agrees", "undecided", "differs"]
 _COARSE = 1e5 * torch.finfo(torch.float64).eps  # relative noise that float64 alone does not make
@@ -174,7 +174,7 @@ class CheckResult:
         for row in self.rows:
             errors = [(h, f"{replace(row, difference=slope).error:.1e}") for h, slope in row.sweep]
             marked = (Text(f"{error} ←", style="bold") if h == row.step else f"{error}  " for h, error in errors)
-            made.add_row(row.meta_param, row.direction, *marked)
+            made.add_row(cell(row.meta_param), cell(row.direction), *marked)
         return made
 
     def __str__(self) -> str:

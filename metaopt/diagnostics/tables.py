@@ -10,19 +10,27 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from metaopt.saving.text import printable
+
 STYLES = {"agrees": "green", "undecided": "yellow", "differs": "bold red", "fails": "red"}
+LONGEST = 200  # characters of a cell
 _PLAIN = Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)  # dashes under the headings, no other line
+
+
+def cell(text: object, style: str = "") -> Text:
+    """Return a string as a cell, in which no markup is read."""
+    return Text(printable(text, LONGEST), style)
 
 
 def table(
     blocks: Iterable[Iterable[Sequence[str]]], head: Sequence[str], left: Sequence[str], title: str = ""
 ) -> Table:
     """Return blocks of rows as a table; verdicts are coloured, and the columns of `left` stand left."""
-    columns = (Column(name, justify="left" if name in left else "right") for name in head)
-    made = Table(*columns, title=title or None, title_justify="left")
+    columns = (Column(cell(name), justify="left" if name in left else "right") for name in head)
+    made = Table(*columns, title=Text(printable(title), "table.title") if title else None, title_justify="left")
     for block in blocks:
         for row in block:
-            made.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+            made.add_row(*(cell(text, STYLES.get(text, "")) for text in row))
         made.add_section()
     return made
 

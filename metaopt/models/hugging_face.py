@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
+from urllib.error import HTTPError
 
 import torch
 import transformers
+from huggingface_hub import constants
 from torch import nn
 
 from metaopt.base.errors import ConfigError, did_you_mean, first_line
@@ -29,6 +33,7 @@ KINDS: dict[str, tuple[Any, str | None]] = {
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "ibert")
 
 FAMILIES = transformers.CONFIG_MAPPING  # name → class of config
+HUB_SECONDS = 10
 FOLDER_OR_NAME = "give a folder written by save_pretrained, or a name on the Hugging Face hub"
 
 
@@ -114,7 +119,7 @@ def from_pretrained(
     auto = _auto_class("from_pretrained", kind)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     with refusing(f"from_pretrained: cannot load a {kind} model from {name!r}: {FOLDER_OR_NAME}"):
-        model = auto.from_pretrained(name, dtype=torch.float32, **options)
+        model = local_first(auto.from_pretrained, name, dtype=torch.float32, **options)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
     if hasattr(model.config, "use_cache"):
@@ -180,6 +185,29 @@ def _auto_class(where: str, kind: str) -> Any:
     if kind not in KINDS:
         raise ConfigError(f"{where}: no kind of model {kind!r}{did_you_mean(kind, KINDS)}")
     return KINDS[kind][0]
+
+
+def local_first(load: Callable[..., Any], name: str, *names: str, **options: Any) -> Any:
+    """Load from a folder or from what was downloaded before; else, if the hub answers within 10 s, from there."""
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        constants.HF_HUB_OFFLINE = True  # local_files_only is not heeded by all that transformers looks for
+        return load(name, *names, **options)
+    except Exception as error:
+        if offline or all(Path(one).exists() for one in (name, *names)):
+            raise
+        try:
+            urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_SECONDS).close()
+        except HTTPError:
+            pass  # it is there
+        except (OSError, ValueError):
+            raise ConfigError(
+                f"it is neither a folder here nor downloaded, and {constants.ENDPOINT} does not answer; download it "
+                "where there is a network, or give the folder"
+            ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    return load(name, *names, **options)
 
 
 @contextmanager

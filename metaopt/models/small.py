@@ -13,7 +13,7 @@ from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderC
 
 from metaopt.base.errors import ConfigError
 from metaopt.base.ranges import check_counts
-from metaopt.models.hugging_face import FOLDER_OR_NAME, refusing
+from metaopt.models.hugging_face import FOLDER_OR_NAME, local_first, refusing
 
 
 def encoder_decoder(
@@ -74,7 +74,7 @@ def pretrained_encoder_decoder(
     """Return an encoder-decoder whose two halves are loaded from folders or the hub, with new cross-attention."""
     decoder = encoder if decoder is None else decoder
     with refusing(f"pretrained_encoder_decoder: cannot load {encoder=}, {decoder=}: {FOLDER_OR_NAME}"):
-        model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder, decoder)
+        model: Any = local_first(EncoderDecoderModel.from_encoder_decoder_pretrained, encoder, decoder)
     if "add_pooling_layer" in inspect.signature(type(model.encoder).__init__).parameters:
         model.encoder.pooler = None  # its output is never read
     tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}

@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from metaopt.saving.files import beside, settle
 from metaopt.saving.states import load_state, save_state
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})(-best)?\.safetensors")
-_SHARE = 0.02  # of the time, where no period is given
+_SHARE = 0.01  # of the time, where no period is given; with the first and the last, 2 % of a short training
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Checkpoints:
             return step % self.every == 0
         return time.monotonic() - self._end >= self._took * (1 / _SHARE - 1)
 
-    def write(self, step: int, state: Mapping[str, Any], best: bool = False) -> None:
-        """Write a state, and remove those that need not be kept any more; on a full disk warn, and go on."""
+    def write(self, step: int, gather: Callable[[], Mapping[str, Any]], best: bool = False) -> None:
+        """Write the state that is gathered, and remove what need not be kept; on a full disk warn, and go on."""
         start = time.monotonic()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with beside(self.folder / "step") as written:
-                save_state(state, written)
+                save_state(gather(), written)
                 name = f"step-{step:08d}-{_checksum(written)}{'-best' * best}.safetensors"
                 settle(written, self.folder / name)
         except (OSError, SafetensorError) as error:

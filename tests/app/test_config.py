@@ -75,6 +75,7 @@ def test_the_number_of_config_files() -> None:
         "experiment": 6,
         "final": 3,
         "handover": 8,
+        "hparams_search": 3,
         "logger": 4,
         "loss": 6,
         "meta_optimizer": 4,
@@ -115,6 +116,8 @@ def options() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", options())
 def test_every_option_composes(row: str) -> None:
+    if "digits_optuna" in row:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra optuna is not installed")
     if row.split("=")[-1] in UNSET:
         assert "is not set" in problems(row)
     else:

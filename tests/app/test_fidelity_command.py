@@ -93,7 +93,7 @@ def test_points_lie_apart_by_meta_steps(tmp_path: Path, monkeypatch: pytest.Monk
     few = [f"~fidelity.estimators.{n}" for n in ("unrolled", "truncated", "first_order", "conjugate_gradient")]
     options = ("fidelity.warmup_steps=3", "fidelity.meta_steps=2", "fidelity.num_points=3", "fidelity.point_every=1")
     result = compared(tmp_path, *QUICK, *WITHOUT, *few, *options)
-    assert taken == ["train", *["meta_step"] * 4]
+    assert taken == ["train", "train", *["meta_step"] * 4]  # the first for the rehearsal
     assert (result.num_points, result.num_runs) == (3, 1)
     assert "at 3 points of the training" in result.title
 

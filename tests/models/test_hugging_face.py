@@ -205,3 +205,22 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         from_pretrained("seq2seq", str(tmp_path))
     with pytest.raises(ConfigError, match="cannot load a classification model"):
         from_pretrained("classification", str(tmp_path), num_labels=5)
+
+
+def test_a_name_that_is_not_here_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from urllib.error import URLError
+
+    from huggingface_hub import constants
+
+    asked: list[tuple[str, float]] = []
+
+    def nobody(address: str, timeout: float) -> None:
+        asked.append((address, timeout))
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", nobody)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigError, match=r"'nowhere/at-all'.*neither a folder here nor downloaded.*does not answer"):
+        from_pretrained("causal", "nowhere/at-all")
+    assert [timeout for _, timeout in asked] == [10]
+    assert constants.HF_HUB_OFFLINE is False

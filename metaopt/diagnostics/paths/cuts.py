@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.core.contracts import BENEATH, LIBRARIES
+from metaopt.base.errors import BENEATH, LIBRARIES
 from metaopt.core.view import FunctionalModel
 
 Source = tuple[str, str]  # ("meta-parameter" or "stage", its name)
