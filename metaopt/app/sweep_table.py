@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from metaopt.saving.text import printable
+
 GOOD = ("complete", "running")  # running: in Slurm, after the launching process was stopped
 STYLES = {"failed": "red", "complete_with_errors": "red", "interrupted": "yellow"}
 LONGEST = 400  # characters of a failure's line
@@ -18,23 +20,23 @@ def print_table(console: Console, folder: str, jobs: Sequence[Mapping[str, Any]]
     """Print a row per job, a line per failure, and more lines; all of it text, without markup."""
     options = [as_options(job["overrides"]) for job in jobs]
     keys = differing(options)
-    columns = [Column(Text(_plain(key)), overflow="fold") for key in keys]
+    columns = [Column(Text(printable(key)), overflow="fold") for key in keys]
     table = Table("job", *columns, "status", Column("score", justify="right"))
     for job, given in zip(jobs, options, strict=True):
         score = "" if job["score"] is None else f"{job['score']:.6g}"
         status = Text(job["status"], STYLES.get(job["status"], ""))
-        table.add_row(str(job["job"]), *(Text(_plain(given.get(key, ""))) for key in keys), status, score)
+        table.add_row(str(job["job"]), *(Text(printable(given.get(key, ""))) for key in keys), status, score)
     if jobs:
-        console.print(Text(_plain(f"sweep {folder}")))
+        console.print(Text(printable(f"sweep {folder}")))
         console.print(table)
     for job, given in zip(jobs, options, strict=True):
         if job["error"]:
             what = ", ".join(f"{key}={given[key]}" for key in keys if key in given)
             line = f"job {job['job']}{f' ({what})' if what else ''}: {' '.join(str(job['error']).split())}"
             cut = line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
-            console.print(Text(_plain(cut), STYLES["failed"]), soft_wrap=True)
+            console.print(Text(printable(cut), STYLES["failed"]), soft_wrap=True)
     for line in more:
-        console.print(Text(_plain(line)), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
 def as_options(overrides: Sequence[str]) -> dict[str, str]:
@@ -46,7 +48,3 @@ def differing(options: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the keys that are not the same everywhere, in the order in which they were given."""
     keys = dict.fromkeys(key for given in options for key in given)
     return [key for key in keys if len({given.get(key) for given in options}) > 1]
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
