@@ -195,8 +195,10 @@ def measure_largest(results: Results, spec: Spec, options: argparse.Namespace, p
     cap, most = CAPS[spec.workload], MOST[spec.workload]
     for name in names:
         if options.again or not results.largest(spec, name):
-            found = largest_resident(spec, name, cap, most)
-            results.largest(spec, name, steps=found, cap=cap, most=most)
+            with started(spec) as process:
+                missing = "failed" in process.ask(name, "weight_bytes")  # it cannot run here: that is no T of 0
+            if not missing:
+                results.largest(spec, name, steps=largest_resident(spec, name, cap, most), cap=cap, most=most)
         progress.advance(task)
     progress.remove_task(task)
 
