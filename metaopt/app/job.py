@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -81,8 +82,9 @@ class Job:
 
     def finish(self, error: BaseException | None) -> None:
         """Tell how it ended."""
-        if isinstance(error, KeyboardInterrupt):
-            self.folder.tell(status="interrupted", error=str(error) or "SIGINT")
+        requeued = isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ  # so submitit leaves the process
+        if isinstance(error, KeyboardInterrupt) or requeued:
+            self.folder.tell(status="interrupted", error="queued again" if requeued else str(error) or "SIGINT")
         elif error is not None:
             self.folder.tell(status="failed", error=with_note(error))
         elif self.folder.written["status"] == "running":

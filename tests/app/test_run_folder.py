@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,15 @@ def test_a_scheduler_s_own_handler_stays(tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert seen == [signal.SIGUSR2] * 2
+
+
+def test_a_job_that_is_queued_again_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So submitit leaves a process, once the job is queued again."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setattr(app_run.Run, "learn", lambda _: sys.exit(-1))
+    with pytest.raises(SystemExit):
+        run(tmp_path, *QUICK)
+    assert result(tmp_path)["status"] == "interrupted"
 
 
 # --- go on
