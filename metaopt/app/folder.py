@@ -70,7 +70,8 @@ class RunFolder:
                 f"{self.path} cannot be written to ({first_line(error)}); choose hydra.run.dir=..."
             ) from error
         self.found = _read(self.path / RESULT)
-        self._began = (self.path / (CONFIG if self.file == RESULT else RESULT)).exists()
+        foreign = (self.path / RESULT).exists() and not self.found  # a result that no run of ours has written
+        self._began = foreign or (self.path / (CONFIG if self.file == RESULT else RESULT)).exists()
         if self._began and not may_hold:
             self.release()
             raise ConfigError(

@@ -190,14 +190,19 @@ def test_what_is_learned_is_there_before_its_record(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR2", 140)])
 def test_a_signal_ends_a_run_in_one_line(name, code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = [signal.getsignal(getattr(signal, n)) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2")]
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2")
+    first = {n: signal.signal(getattr(signal, n), signal.SIG_DFL) for n in names}  # under nohup some are ignored
     monkeypatch.setattr(app_run.Run, "_log", lambda *_: os.kill(os.getpid(), getattr(signal, name)))
-    done = command(tmp_path, *QUICK, "hydra.run.dir=out")
+    try:
+        done = command(tmp_path, *QUICK, "hydra.run.dir=out")
+        assert [signal.getsignal(getattr(signal, n)) for n in names] == [signal.SIG_DFL] * 4
+    finally:
+        for n in names:
+            signal.signal(getattr(signal, n), first[n])
     assert done.returncode == code
     said = f"{name}: the run was interrupted after meta-step 1 of 2; go on: metaopt resume={tmp_path / 'out'}"
     assert done.stderr.strip() == said
     assert result(tmp_path / "out")["status"] == "interrupted"
-    assert [signal.getsignal(getattr(signal, n)) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2")] == before
 
 
 def test_a_scheduler_s_own_handler_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +253,10 @@ def test_a_run_that_ended_before_it_began_is_begun_anew(tmp_path: Path) -> None:
 
 
 def test_what_is_the_user_s_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "result.json").write_text("of another program")
+    with pytest.raises(ConfigError, match="holds a run"):
+        run(tmp_path / "theirs", *QUICK)
     (tmp_path / "models").mkdir()
     (tmp_path / "mine.png").touch()
     run(tmp_path, *QUICK, "output.save_models=false")
