@@ -44,6 +44,7 @@ class RunFolder:
         self.found: dict[str, Any] = {}  # the `result.json` of the run that was there
         self.written: dict[str, Any] = {}
         self.is_open = self._began = False
+        self.error = ""  # of the last time that `result.json` could not be written
         self._lock = FileLock(self.path / ".lock", timeout=0)
         self._start = time.perf_counter()
 
@@ -99,11 +100,19 @@ class RunFolder:
             "versions": {"python": platform.python_version(), **versions},
             **facts,
         }
-        self.tell()
+        self._write()
 
     def tell(self, **found: Any) -> None:
-        """Add to `result.json`, which is replaced as a whole; what is not finite is null, and named."""
-        self.written = {**self.written, **found, "seconds": time.perf_counter() - self._start}
+        """Add to `result.json`; where that cannot be written (a full disk), go on, and keep why as `error`."""
+        self.written = {**self.written, **found}
+        try:
+            self._write()
+        except OSError as error:
+            self.error = f"could not be written: {first_line(error)}"
+
+    def _write(self) -> None:
+        """Replace `result.json` as a whole; what is not finite is null, and named."""
+        self.written["seconds"] = time.perf_counter() - self._start
         broken = list(not_finite({k: v for k, v in self.written.items() if k != "not_finite"}))
         self.written.pop("not_finite", None)
         if broken:

@@ -18,7 +18,7 @@ from metaopt.app import report
 from metaopt.app.build import build, stage_steps
 from metaopt.app.config import with_note
 from metaopt.app.final import doubts, weight_quality, weights_of
-from metaopt.app.folder import CHECKPOINTS, CONFIG, METRICS, digest, flat, read_config
+from metaopt.app.folder import CHECKPOINTS, CONFIG, METRICS, RESULT, digest, flat, read_config
 from metaopt.app.interrupts import Interrupted
 from metaopt.app.job import Job
 from metaopt.app.loggers import Logger
@@ -124,7 +124,7 @@ class Run(Job):
             with self.going_on("the logger"):
                 self.logger.close()
         checkpoints = self.trainer.checkpoints.error if hasattr(self, "trainer") and self.trainer.checkpoints else ""
-        found = {"the checkpoints": checkpoints, "the console": error_of(self.console)}
+        found = {"the checkpoints": checkpoints, "the console": error_of(self.console), RESULT: self.folder.error}
         self.errors += [f"{what}: {text}" for what, text in found.items() if text]
         if error is None and self.errors:
             self.folder.tell(status="complete_with_errors", errors=self.errors)

@@ -151,6 +151,23 @@ def test_a_test_that_fails_loses_nothing_else(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "weights.png").exists()
 
 
+def test_a_result_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    original = app_run.Run.learn
+
+    def learn(self: Any) -> None:
+        monkeypatch.setattr("metaopt.app.folder.write_text", full)
+        original(self)
+
+    monkeypatch.setattr(app_run.Run, "learn", learn)
+    with pytest.raises(app_run.LateError, match=r"result\.json: could not be written: .*No space left"):
+        run(tmp_path, *TESTED)
+    assert load_file(tmp_path / "meta_params.safetensors")
+    assert (tmp_path / "comparison.png").exists()
+
+
 def test_a_logger_that_fails_stops_nothing(tmp_path: Path) -> None:
     mine = ("logger=custom", "logger._target_=loggers_that_fail.Failing")
     with pytest.raises(app_run.LateError, match="the logger: RuntimeError: the network is gone"):
