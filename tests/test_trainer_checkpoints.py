@@ -46,7 +46,8 @@ def test_it_goes_on_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
     def run(*observers: Any, folder: Path | None = None, steps: int = 6) -> tuple[MetaTrainer, Any]:
         torch.manual_seed(3)
         made = Checkpoints(folder, every=2) if folder else None
-        trained = trainer(observers=observers, checkpoint=made, **OPTIONS[name])
+        drawing = (*observers, lambda record: torch.rand(3))  # so does an observer of the user's own
+        trained = trainer(observers=drawing, checkpoint=made, **OPTIONS[name])
         return trained, trained.fit(steps)
 
     right: list[dict[str, Any]] = []
