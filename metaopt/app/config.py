@@ -86,7 +86,7 @@ def told(error: Exception) -> str:
         said = with_note(error)
     else:
         said = explained(error) if isinstance(error, (MetaoptError, HydraException)) else _unforeseen(error)
-    return "\n".join(printable(line, LONGEST) for line in said.splitlines())
+    return "\n".join(printable(line.expandtabs(4), LONGEST) for line in said.splitlines())
 
 
 def _unforeseen(error: Exception) -> str:
@@ -107,7 +107,8 @@ def explained(error: Exception) -> str:
         extra, package = EXTRAS[absent[0]]
         return f"{first_line(error)}\n{absent[0]} comes with the extra `{extra}`: pip install {package}"
     if missing := re.search(r"Could not find '(.*/)?(.*)'\s+Available options in '.*':\n((?:\t.*\n?)+)", text):
-        return text + did_you_mean(missing[2], missing[3].split(), others=False)
+        near = did_you_mean(missing[2], missing[3].split(), others=False)
+        return f"{text}\n{missing[1] or ''}{missing[2]}: there is no such option{near}" if near else text
     unknown = re.match(r"(?:In '.*': )?Could not override '([\w.@/]+)'", text)
     if unknown is None:
         return text

@@ -233,7 +233,8 @@ def test_a_pretrained_model_that_is_not_there(tmp_path: Path) -> None:
             marks=pytest.mark.slow,
         ),
         (["optimiser=sgd"], ["did you mean 'optimizer'?"]),
-        (["optimizer=sgdd"], ["Could not find 'optimizer/sgdd'", "adamw"]),
+        (["optimizer=sgdd"], ["Could not find 'optimizer/sgdd'", "    adamw\n"]),
+        (["logger=cvs"], ["logger/cvs: there is no such option (did you mean 'csv'?)"]),
         (["trainer.meta_step=3"], ["did you mean 'meta_steps'?"]),
     ],
 )
